@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import core_schema
 
 T = TypeVar("T")
 
@@ -28,18 +29,44 @@ class Spec(BaseModel):
         return self.model_dump(mode="json")
 
 
-def _kind_first(value: Any) -> Any:
-    """`"x"` and `{"x": {...}}` written out as `{"kind": "x", ...}`; anything else untouched."""
+def kind_first(value: Any) -> Any:
+    """`"x"`, `{"x": {...}}` and `{"x": 3}` written out as `{"kind": "x", ...}`; anything else untouched.
+
+    >>> kind_first("equal"), kind_first({"length": {"max": 3}}), kind_first({"temperature": 2})
+    ({'kind': 'equal'}, {'kind': 'length', 'max': 3}, {'kind': 'temperature', 'temperature': 2})
+    >>> kind_first({"weights": {"assistant": 1}})
+    {'kind': 'weights', 'weights': {'assistant': 1}}
+    """
     if isinstance(value, str):
         return {"kind": value}
     if isinstance(value, dict) and len(value) == 1 and "kind" not in value:
         ((kind, body),) = value.items()
-        if body is None:
-            return {"kind": kind}
-        if isinstance(body, dict):
-            return {"kind": kind, **body}
+        match body:
+            case None:
+                return {"kind": kind}
+            case dict() if kind != "weights":
+                return {"kind": kind, **body}
+            case _:  # the one field of this kind has the kind's own name
+                return {"kind": kind, kind: body}
     return value
 
 
-ByKind = BeforeValidator(_kind_first)
-"""Lets a union discriminated by `kind` be written `name`, `{name: {...}}` or `{kind: name, ...}`."""
+class _ByKind:
+    """Lets a union discriminated by `kind` be written `name`, `{name: {...}}` or `{kind: name, ...}`."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(kind_first, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        full = handler(schema)
+        mapping = full.get("discriminator", {}).get("mapping", {})
+        short = {
+            "type": "object",
+            "maxProperties": 1,
+            "properties": {name: {} for name in mapping},
+            "additionalProperties": False,
+        }
+        return {"anyOf": [{"enum": list(mapping)}, short, full]}
+
+
+ByKind = _ByKind()

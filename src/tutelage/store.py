@@ -49,11 +49,14 @@ class Progress(Protocol):
 class Silent:
     """A `Progress` that says nothing."""
 
-    def start(self, label: str, total: int | None = None, unit: str = "") -> None: ...
+    def start(self, label: str, total: int | None = None, unit: str = "") -> None:
+        """Nothing."""
 
-    def advance(self, amount: int = 1, text: str = "") -> None: ...
+    def advance(self, amount: int = 1, text: str = "") -> None:
+        """Nothing."""
 
-    def note(self, text: str) -> None: ...
+    def note(self, text: str) -> None:
+        """Nothing."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,9 @@ class Store:
         if (found := self.find(stage)) is not None:
             return found
         progress = progress or Silent()
-        with self._locked(f"{stage.name}-{stage.key}", lambda owner: progress.note(f"{stage.label}: waiting for process {owner}")):
+        with self._locked(
+            f"{stage.name}-{stage.key}", lambda owner: progress.note(f"{stage.label}: waiting for process {owner}")
+        ):
             if (found := self.find(stage)) is not None:
                 return found
             return self._build(stage, inputs, progress)

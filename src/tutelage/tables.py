@@ -395,7 +395,7 @@ def _offsets(lengths: pa.ChunkedArray) -> Int64:
 
 
 def _map(path: Path) -> np.ndarray:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
 
 

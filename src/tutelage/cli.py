@@ -1,0 +1,275 @@
+"""The command line: verbs and printing only; every verb is a call or two into the library.
+
+Exit codes: 0 done, 1 failed, 2 a mistake in what was given, 130 interrupted (what was done is kept).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import typer.core
+
+from tutelage.errors import StoreError, TrainError, TutelageError
+
+if TYPE_CHECKING:
+    from tutelage.pipeline import Run
+    from tutelage.recipe import RecipeFile
+
+
+class _Verbs(typer.core.TyperGroup):
+    """Turns our exceptions into one message and the documented exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (TrainError, StoreError) as error:
+            message, code = str(error), 1
+        except TutelageError as error:
+            message, code = str(error), 2
+        except KeyboardInterrupt as error:
+            message, code = str(error) or "interrupted; run the same command again to go on from here", 130
+        sys.stderr.write(message + "\n")
+        raise typer.Exit(code)
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # its renderer alone takes longer to import than the answer may take
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Instruction tuning, exact and visible: raw data to a tuned, evaluated model, and the evidence for it.",
+    epilog="Exit codes: 0 done, 1 failed, 2 a mistake in what was given, 130 interrupted (run the same command to go on).",
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE", show_default=False)]
+SetOption = Annotated[
+    list[str], typer.Option("--set", help="Override a value: mix.rates.temperature=3. Repeatable.", metavar="KEY=VALUE")
+]
+StoreOption = Annotated[Path, typer.Option("--store", envvar="TUTELAGE_STORE", help="Folder of cached stages.")]
+RunsOption = Annotated[Path, typer.Option("--runs", envvar="TUTELAGE_RUNS", help="Folder that run folders go into.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+_STORE = Path(".tutelage")
+_RUNS = Path("runs")
+
+
+def main() -> None:
+    """Runs the command line and exits with the documented code."""
+    app()
+
+
+def _load(path: Path, overrides: list[str]) -> RecipeFile:
+    from tutelage.recipe import load_recipe
+
+    return load_recipe(path, overrides=overrides)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Any]:
+    from tutelage.report.screen import make_progress
+    from tutelage.store import Silent
+
+    if quiet:
+        yield Silent()
+        return
+    with make_progress(sys.stderr) as progress:
+        yield progress
+
+
+def _run(path: Path, overrides: list[str], *, until: str, store: Path, runs: Path, quiet: bool) -> tuple[RecipeFile, Run]:
+    from tutelage import pipeline
+
+    file = _load(path, overrides)
+    with _progress(quiet) as progress:
+        done = pipeline.run(file, until=until, store=store, runs=runs, progress=progress)
+    return file, done
+
+
+@app.command()
+def new(
+    data: Annotated[Path | None, typer.Argument(help="A data file to look at.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the recipe.")] = Path("recipe.yaml"),
+    demo: Annotated[bool, typer.Option("--demo", help="The demonstration recipe with its data, in a folder `demo`.")] = False,
+) -> None:
+    """Write a commented starter recipe from a data file, or the demonstration with --demo."""
+    from tutelage import starter
+
+    if demo == (data is not None):
+        raise TutelageError("new: give a data file, or --demo")
+    lines = starter.write_demo(Path("demo")) if data is None else starter.write_recipe(data, out=out)
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+@app.command()
+def check(
+    recipe: Annotated[Path | None, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE", show_default=False)] = None,
+    overrides: SetOption = [],  # noqa: B006
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Print every value with its origin.")
+    ] = False,
+) -> None:
+    """Read a recipe strictly and list every mistake at once; nothing is run."""
+    from tutelage.recipe import json_schema, resolved_text
+
+    if schema:
+        _print_json(json_schema())
+        return
+    if recipe is None:
+        raise TutelageError("check: name a recipe, or give --schema")
+    file = _load(recipe, overrides)
+    sources = len(file.recipe.sources)
+    sys.stdout.write(resolved_text(file) if resolved else f"{recipe}: no mistakes; {sources} source{'s' * (sources != 1)}\n")
+
+
+@app.command()
+def explain(
+    recipe: RecipeArgument,
+    overrides: SetOption = [],
+    store: StoreOption = _STORE,
+    as_json: JsonOption = False,  # noqa: B006
+) -> None:
+    """Say for every stage whether the store has it, and if not, what changed."""
+    from tutelage import pipeline
+    from tutelage.report import screen, tables
+
+    statuses = pipeline.explain(_load(recipe, overrides), store=store)
+    if as_json:
+        _print_json({"stages": [status.as_json() for status in statuses]})
+        return
+    screen.print_table(tables.explain_table([status.as_json() for status in statuses]))
+
+
+@app.command()
+def look(
+    recipe: RecipeArgument,
+    overrides: SetOption = [],  # noqa: B006
+    task: Annotated[str | None, typer.Option(help="Only this task.")] = None,
+    source: Annotated[str | None, typer.Option(help="Only this source.")] = None,
+    search: Annotated[str | None, typer.Option(help="Only examples whose text contains this.")] = None,
+    row: Annotated[str | None, typer.Option(help="One record by its id, source/file:line.")] = None,
+    number: Annotated[int, typer.Option("--number", "-n", min=1, help="How many.")] = 3,
+    store: StoreOption = _STORE,
+    runs: RunsOption = _RUNS,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show examples as the model sees them, coloured by kind and weight."""
+    from tutelage import looking
+    from tutelage.report import screen
+
+    file, done = _run(recipe, overrides, until="plan", store=store, runs=runs, quiet=quiet)
+    wanted = looking.Wanted(task=task, source=source, search=search, row_id=row, number=number)
+    found = looking.find_examples(file, done, wanted)
+    if as_json:
+        _print_json([looking.as_json(example) for example in found])
+        return
+    screen.print_examples(found)
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: SetOption = [],  # noqa: B006
+    until: Annotated[str, typer.Option(help="Stop after: sources, curate, render, plan, train, eval, report.")] = "report",
+    store: StoreOption = _STORE,
+    runs: RunsOption = _RUNS,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run a recipe from raw data to a tuned model and a report; what is already done is not done again."""
+    _run_and_show(recipe, overrides, until=until, store=store, runs=runs, as_json=as_json, quiet=quiet)
+
+
+def _verb(until: str, summary: str) -> Callable[..., None]:
+    def command(
+        recipe: RecipeArgument,
+        overrides: SetOption = [],  # noqa: B006
+        store: StoreOption = _STORE,
+        runs: RunsOption = _RUNS,
+        as_json: JsonOption = False,
+        quiet: QuietOption = False,
+    ) -> None:
+        _run_and_show(recipe, overrides, until=until, store=store, runs=runs, as_json=as_json, quiet=quiet)
+
+    command.__doc__ = summary
+    return command
+
+
+app.command("plan")(_verb("plan", "Print the mixture, the steps and the packing before anything is trained."))
+app.command("train")(_verb("train", "Run up to the tuned model."))
+app.command("eval")(_verb("eval", "Run up to held-out loss before and after, and generations."))
+app.command("report")(_verb("report", "Run up to the HTML report."))
+
+
+def _run_and_show(recipe: Path, overrides: list[str], *, until: str, store: Path, runs: Path, as_json: bool, quiet: bool) -> None:
+    from tutelage.report import screen, summary
+
+    _, done = _run(recipe, overrides, until=until, store=store, runs=runs, quiet=quiet)
+    facts = summary.run_summary(done.artefacts, folder=done.folder)
+    if as_json:
+        _print_json(facts.as_json())
+        return
+    for table in facts.tables():
+        screen.print_table(table)
+    for line in facts.lines():
+        sys.stdout.write(line + "\n")
+
+
+@app.command()
+def chat(
+    folder: Annotated[Path, typer.Argument(help="A model folder, or a run folder that has one.", show_default=False)],
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Say this, print the answer, and leave.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
+) -> None:
+    """Talk to a tuned model with its own template; the answer streams."""
+    from tutelage import chatting
+
+    session = chatting.open_session(folder, system=system, temperature=temperature, max_new_tokens=max_new_tokens)
+    if message is not None:
+        chatting.say(session, message, sys.stdout)
+        return
+    chatting.loop(session, sys.stdin, sys.stdout)
+
+
+@app.command()
+def gc(
+    keep: Annotated[list[Path], typer.Option("--keep", help="A recipe whose stages stay. Repeatable.")] = [],  # noqa: B006
+    store: StoreOption = _STORE,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List what no run and no named recipe refers to, and free it."""
+    from tutelage import pipeline
+    from tutelage.report import screen, tables
+    from tutelage.store import Store
+
+    place = Store(store)
+    kept = [f"{s.stage}/{s.key}" for path in keep for s in pipeline.explain(_load(path, []), store=place)]
+    doomed = place.garbage(kept)
+    if as_json:
+        _print_json([{"path": str(path), "size_bytes": size} for path, size in doomed])
+    else:
+        screen.print_table(tables.garbage_table(doomed))
+    if doomed and (yes or (not as_json and typer.confirm("Remove these?", default=False))):
+        place.collect([path for path, _ in doomed])
+        if not as_json:
+            sys.stdout.write(f"freed {sum(size for _, size in doomed) / 1e6:,.1f} MB\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The model's door to the store: the starting model, and apart from it the tokenizer, so that new weights re-render nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from tutelage.errors import ModelError
+from tutelage.model.names import Resolved, resolve
+from tutelage.store import Artefact, Counts, Outcome, Progress, Stage, Store
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "config.json",
+)
+_ONE = Counts(1, 1)
+
+
+def model_stage(name: str, *, store: Store) -> Stage:
+    """The starting model: dequantised once into the store for a bundled one, else a pointer to its folder."""
+    resolved = resolve(name)
+
+    def build(folder: Path, inputs: Mapping[str, Artefact], progress: Progress) -> Outcome:
+        if resolved.kind != "bundled":
+            return Outcome(_ONE, {"folder": str(resolved.path.resolve())})
+        from tutelage.model.bundled import write_bundled
+
+        progress.note(f"writing {name} as an ordinary model folder, once")
+        written = write_bundled(folder, resolved.path)
+        return Outcome(_ONE, {name: value for name, value in written.items() if name != "folder"})
+
+    files = {path.name: store.file_digest(path) for path in resolved.files}
+    where = {} if resolved.kind == "bundled" else {"folder": str(resolved.path.resolve())}
+    packages = ("gguf", "tokenizers", "safetensors") if resolved.kind == "bundled" else ()
+    return Stage("model", 1, {"files": files, **where}, build, packages=packages)
+
+
+def tokenizer_stage(name: str, *, model: Stage, store: Store) -> Stage:
+    """The tokenizer, chat template and end tokens of the starting model, in a folder of their own."""
+    resolved = resolve(name)
+    inputs, files = ({"model": model}, {}) if resolved.kind == "bundled" else ({}, _tokenizer_digests(resolved, store))
+
+    def build(folder: Path, inputs: Mapping[str, Artefact], progress: Progress) -> Outcome:
+        origin = inputs["model"].path if inputs else resolved.path
+        found = [origin / file for file in TOKENIZER_FILES if (origin / file).is_file()]
+        for path in found:
+            shutil.copyfile(path, folder / path.name)
+        return Outcome(_ONE, {"files": [path.name for path in found]})
+
+    return Stage("tokenizer", 1, {"files": files}, build, inputs=inputs)
+
+
+def model_folder(artefact: Artefact) -> Path:
+    """Where `AutoModelForCausalLM.from_pretrained` loads the model of a `model` artefact from."""
+    return Path(str(artefact.facts["folder"])) if "folder" in artefact.facts else artefact.path
+
+
+def _tokenizer_digests(resolved: Resolved, store: Store) -> dict[str, str]:
+    files = {f: store.file_digest(resolved.path / f) for f in TOKENIZER_FILES if (resolved.path / f).is_file()}
+    if not {"tokenizer.json", "tokenizer.model"} & set(files):
+        raise ModelError(f"model.name: {resolved.name!r} has no tokenizer.json; save its tokenizer beside the weights")
+    return files

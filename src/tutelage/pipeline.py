@@ -1,0 +1,251 @@
+r"""The stages in order: what a recipe means as boxes, running them, and explaining which would run and why.
+
+    read -> rewrite -> screen --\
+      \-> split -----------------> copies --\
+      \-> render (+ rerender) --------------> plan -> train -> after --> report
+                               \------------> held_out -> before -/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tutelage.curate.stage import copies_stage, rewrite_stage, screen_stage
+from tutelage.errors import TutelageError
+from tutelage.model.stage import model_stage, tokenizer_stage
+from tutelage.recipe import RecipeFile, resolved_text
+from tutelage.render.stage import render_stage, rerender_stage
+from tutelage.sources.stage import check_bad_share, read_stage, split_stage
+from tutelage.store import Artefact, Progress, Silent, Stage, Store, write_atomic
+
+UNTIL = {
+    "sources": "split",
+    "curate": "copies",
+    "render": "render",
+    "plan": "plan",
+    "train": "train",
+    "eval": "after",
+    "report": "report",
+}
+"""What `run --until` can name, and the last stage (or every stage of that name) it asks for."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """All boxes of one recipe by label (`read maths`, `plan`, ...), upstream first."""
+
+    file: RecipeFile
+    store: Store
+    stages: Mapping[str, Stage]
+
+    def needed(self, until: str) -> list[str]:
+        """The labels that must exist for `until` (a key of UNTIL), upstream first."""
+        if until not in UNTIL:
+            raise TutelageError(f"--until {until}: is not one of: {', '.join(UNTIL)}")
+        wanted = {label for label, stage in self.stages.items() if UNTIL[until] in (label, stage.name)}
+        for label in reversed(list(self.stages)):
+            if label in wanted:
+                wanted |= {self._label_of(stage) for stage in self.stages[label].inputs.values()}
+        return [label for label in self.stages if label in wanted]
+
+    @cached_property
+    def _labels(self) -> dict[str, str]:
+        return {f"{stage.name}/{stage.key}": label for label, stage in self.stages.items()}
+
+    def _label_of(self, stage: Stage) -> str:
+        return self._labels[f"{stage.name}/{stage.key}"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `run` leaves: the run's folder and every artefact by label."""
+
+    folder: Path
+    artefacts: Mapping[str, Artefact]
+
+    @property
+    def num_built(self) -> int:
+        """How many stages were not in the store."""
+        return sum(not artefact.is_hit for artefact in self.artefacts.values())
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One line of `explain`. `why` names the changed ingredients of a miss; counts are None until it has run."""
+
+    label: str
+    stage: str
+    key: str
+    is_hit: bool
+    why: tuple[str, ...] = ()
+    counts: Mapping[str, Any] | None = None
+    seconds: float | None = None
+    size_bytes: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The line as plain values, the account spelled out as in, out, dropped."""
+        counts = self.counts or {"in": None, "out": None, "dropped": None}
+        return {
+            "label": self.label,
+            "stage": self.stage,
+            "key": self.key,
+            "status": "hit" if self.is_hit else "miss",
+            "why": list(self.why),
+            **counts,
+            "seconds": self.seconds,
+            "size_bytes": self.size_bytes,
+        }
+
+
+def build_pipeline(file: RecipeFile, *, store: Store) -> Pipeline:
+    """The boxes of a recipe. Reads the data files' digests, and nothing else."""
+    recipe = file.recipe
+    boxes: dict[str, Stage] = {}
+
+    def add(stage: Stage) -> Stage:
+        boxes[stage.label] = stage
+        return stage
+
+    reads, rewrites, screens = {}, {}, {}
+    for name, source in recipe.sources.items():
+        reads[name] = add(read_stage(name, source, intake=recipe.intake, base=file.folder, store=store))
+        if (rewrite := rewrite_stage(reads[name], rules=recipe.curate.rules)) is not None:
+            rewrites[name] = add(rewrite)
+        screens[name] = add(screen_stage(reads[name], rewrite=rewrites.get(name), rules=recipe.curate.rules))
+    split = add(split_stage(reads, spec=recipe.split))
+    copies = add(copies_stage(reads, rewrites=rewrites, screens=screens, split=split, spec=recipe.curate))
+    model = add(model_stage(recipe.model.name, store=store))
+    tokenizer = add(tokenizer_stage(recipe.model.name, model=model, store=store))
+    renders, rerenders = _render_boxes(file, reads, rewrites, tokenizer, store)
+    for stage in [*renders.values(), *rerenders.values()]:
+        add(stage)
+    groups = _Groups(reads, renders, rerenders, screens, copies, split)
+    _add_training(recipe, groups, model, tokenizer, add)
+    _add_report(file, boxes, add)
+    return Pipeline(file, store, boxes)
+
+
+@dataclass(frozen=True)
+class _Groups:
+    reads: dict[str, Stage]
+    renders: dict[str, Stage]
+    rerenders: dict[str, Stage]
+    screens: dict[str, Stage]
+    copies: Stage
+    split: Stage
+
+
+def _render_boxes(
+    file: RecipeFile, reads: dict[str, Stage], rewrites: dict[str, Stage], tokenizer: Stage, store: Store
+) -> tuple[dict[str, Stage], dict[str, Stage]]:
+    more: dict[str, Any] = {"tokenizer": tokenizer, "spec": file.recipe.render, "base": file.folder, "store": store}
+    renders = {name: render_stage(read, **more) for name, read in reads.items()}
+    rerenders = {name: rerender_stage(reads[name], rewrite=rewrite, **more) for name, rewrite in rewrites.items()}
+    return renders, rerenders
+
+
+def read_notes(artefacts: Mapping[str, Artefact]) -> Iterable[str]:
+    """What people should hear of the reading: the shape decided for each file."""
+    for label, artefact in artefacts.items():
+        if label.startswith("read "):
+            for name, facts in artefact.facts["files"].items():
+                bad = f", {facts['bad']:,} set aside" if facts["bad"] else ""
+                yield f"{label}: {name}: {facts['records']:,} records{bad}; shape {facts['shape']} ({facts['why']})"
+
+
+def run(
+    file: RecipeFile,
+    *,
+    until: str = "report",
+    store: Store | Path | str = ".tutelage",
+    runs: Path | str = "runs",
+    progress: Progress | None = None,
+) -> Run:
+    """The finished run of a recipe: every stage up to `until` in the store, and `runs/NAME` filled.
+
+    Stages that the store already has are not run again. A killed run goes on where it was when called again.
+    Raises a TutelageError for anything the user can mend.
+    """
+    store = store if isinstance(store, Store) else Store(store)
+    progress = progress or Silent()
+    with store.in_use():
+        pipeline = build_pipeline(file, store=store)
+        artefacts: dict[str, Artefact] = {}
+        folder = Path(runs) / file.recipe.name
+        for label in pipeline.needed(until):
+            artefacts[label] = _produce(pipeline, label, artefacts, progress)
+        _publish(pipeline, artefacts, folder)
+    return Run(folder, artefacts)
+
+
+def _produce(pipeline: Pipeline, label: str, done: Mapping[str, Artefact], progress: Progress) -> Artefact:
+    stage = pipeline.stages[label]
+    inputs = {name: done[pipeline._label_of(upstream)] for name, upstream in stage.inputs.items()}
+    artefact = pipeline.store.produce(stage, inputs, progress)
+    if stage.name == "read":
+        check_bad_share(artefact, pipeline.file.recipe.intake)
+    return artefact
+
+
+def explain(file: RecipeFile, *, store: Store | Path | str = ".tutelage") -> list[StageStatus]:
+    """Hit or miss per stage, and on a miss what changed since its nearest earlier artefact. Runs nothing."""
+    store = store if isinstance(store, Store) else Store(store)
+    pipeline = build_pipeline(file, store=store)
+    return [_status(store, label, stage) for label, stage in pipeline.stages.items()]
+
+
+def _status(store: Store, label: str, stage: Stage) -> StageStatus:
+    found = store.find(stage)
+    if found is None:
+        return StageStatus(label, stage.name, stage.key, False, tuple(store.why_missing(stage)))
+    manifest = found.manifest
+    size = sum(entry["size_bytes"] for entry in manifest["files"].values())
+    return StageStatus(label, stage.name, stage.key, True, (), manifest["counts"], manifest["seconds"], size)
+
+
+def _publish(pipeline: Pipeline, artefacts: Mapping[str, Artefact], folder: Path) -> None:
+    """Fills the run's folder with copies of what people open, and tells the store what it refers to.
+
+    Copies, not links: whoever edits a file in a run folder must not edit the store.
+    """
+    keys = {f"{a.stage}/{a.key}": label for label, a in artefacts.items()}
+    record = folder / "run.json"
+    text = json.dumps({"recipe": str(pipeline.file.path), "artefacts": keys}, indent=1)
+    if record.exists() and record.read_text() == text:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    record.unlink(missing_ok=True)
+    write_atomic(folder / "recipe.yaml", resolved_text(pipeline.file, relative_to=folder).encode())
+    for label, name in _PUBLISHED:
+        if label in artefacts and (artefacts[label].path / name).exists():
+            _copy(artefacts[label].path / name, folder / name)
+    pipeline.store.remember_run(folder, keys)
+    write_atomic(record, text.encode())
+
+
+_PUBLISHED = (
+    ("plan", "steps.parquet"),
+    ("train", "model"),
+    ("train", "steps.parquet"),
+    ("train", "events.jsonl"),
+    ("train", "evals.parquet"),
+    ("train", "samples.parquet"),
+    ("report", "report.html"),
+)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target)
+    else:
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        shutil.copyfile(source, temporary)
+        temporary.replace(target)
