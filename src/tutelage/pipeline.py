@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +19,19 @@ from typing import Any
 
 from tutelage.curate.stage import copies_stage, rewrite_stage, screen_stage
 from tutelage.errors import TutelageError
+from tutelage.evaluate.stage import HeldOutInputs, MeasureInputs, held_out_stage, measure_stage, open_measure, open_shards
 from tutelage.model.stage import model_stage, tokenizer_stage
-from tutelage.recipe import RecipeFile, resolved_text
+from tutelage.plan.batch import Batches
+from tutelage.plan.spec import LossRule
+from tutelage.plan.stage import PlanInputs, plan_stage
+from tutelage.plan.weights import weigh_tokens
+from tutelage.recipe import Recipe, RecipeFile, resolved_text
+from tutelage.records import Batch, Float32, Rendered
 from tutelage.render.stage import render_stage, rerender_stage
+from tutelage.report.stage import report_stage
 from tutelage.sources.stage import check_bad_share, read_stage, split_stage
 from tutelage.store import Artefact, Progress, Silent, Stage, Store, write_atomic
+from tutelage.train.stage import Making, TrainInputs, train_stage
 
 UNTIL = {
     "sources": "split",
@@ -31,7 +39,7 @@ UNTIL = {
     "render": "render",
     "plan": "plan",
     "train": "train",
-    "eval": "after",
+    "eval": "measure after",
     "report": "report",
 }
 """What `run --until` can name, and the last stage (or every stage of that name) it asks for."""
@@ -126,9 +134,9 @@ def build_pipeline(file: RecipeFile, *, store: Store) -> Pipeline:
     renders, rerenders = _render_boxes(file, reads, rewrites, tokenizer, store)
     for stage in [*renders.values(), *rerenders.values()]:
         add(stage)
-    groups = _Groups(reads, renders, rerenders, screens, copies, split)
-    _add_training(recipe, groups, model, tokenizer, add)
-    _add_report(file, boxes, add)
+    _add_training(recipe, _Groups(reads, renders, rerenders, screens, copies, split, model, tokenizer), add)
+    more: dict[str, Any] = {"name": recipe.name, "spec": recipe.report, "model": recipe.model.name}
+    add(report_stage(dict(boxes), recipe=resolved_text(file), weigh=weigher(recipe.loss), **more))
     return Pipeline(file, store, boxes)
 
 
@@ -140,6 +148,45 @@ class _Groups:
     screens: dict[str, Stage]
     copies: Stage
     split: Stage
+    model: Stage
+    tokenizer: Stage
+
+    @property
+    def shards(self) -> dict[str, Stage]:
+        """The rendered sets by label."""
+        return {stage.label: stage for stage in [*self.renders.values(), *self.rerenders.values()]}
+
+
+def _add_training(recipe: Recipe, groups: _Groups, add: Callable[[Stage], Stage]) -> None:
+    """Plan, held-out set, the measure before, training, the measure after."""
+    plan = add(
+        plan_stage(
+            PlanInputs(groups.renders, groups.rerenders, groups.screens, groups.copies, groups.split),
+            mix=recipe.mix,
+            loss=recipe.loss,
+            batch=recipe.batch,
+            max_tokens=recipe.render.max_tokens,
+            source_weights={name: source.weight for name, source in recipe.sources.items()},
+        )
+    )
+    of_records = HeldOutInputs(groups.reads, groups.renders, groups.split, groups.copies, groups.screens, groups.rerenders)
+    held_out = add(held_out_stage(of_records, spec=recipe.evaluate))
+    measured = MeasureInputs(groups.model, groups.tokenizer, held_out, groups.renders, groups.rerenders)
+    on: dict[str, Any] = {"spec": recipe.evaluate, "device": recipe.train.device, "dtype": recipe.train.dtype}
+    before = add(measure_stage(measured, **on))
+    making = Making(_batches, lambda artefacts: open_measure(artefacts, spec=recipe.evaluate, run="during"))
+    boxes = TrainInputs(groups.model, groups.tokenizer, plan, groups.shards, held_out)
+    train = add(train_stage(boxes, model_spec=recipe.model, spec=recipe.train, evaluate=recipe.evaluate, making=making))
+    add(measure_stage(measured, **on, trained=train, before=before))
+
+
+def weigher(loss: LossRule) -> Callable[[Rendered], Float32]:
+    """The loss weight of each token of an example, f32 (T,), under a recipe's rule."""
+    return lambda example: weigh_tokens(example.kinds, loss=loss, turns=example.turns, turn_weights=example.turn_weights)
+
+
+def _batches(artefacts: Mapping[str, Artefact]) -> Sequence[Batch]:
+    return Batches(artefacts["plan"].path, open_shards(artefacts))
 
 
 def _render_boxes(

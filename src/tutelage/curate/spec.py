@@ -10,7 +10,7 @@ from tutelage.spec import ByKind, Many, Share, Spec
 
 
 class StripBoilerplate(Spec):
-    """Removes preambles ("Sure!", "As an AI ...,") and closings ("I hope this helps!") from answers. A rewrite: nothing is dropped."""
+    """Removes preambles ("Sure!", "As an AI ...,") and closings ("I hope this helps!") from answers. Nothing is dropped."""
 
     kind: Literal["strip_boilerplate"] = "strip_boilerplate"
     preambles: bool = True
@@ -53,10 +53,10 @@ Rule = Annotated[Annotated[StripBoilerplate | Length | Repetition | Refusal, Fie
 
 
 class NearSpec(Spec):
-    """Near-duplicates by MinHash over word shingles."""
+    """Near-duplicates: pairs proposed by MinHash over word shingles, decided by their exact similarity."""
 
     threshold: float = Field(default=0.8, gt=0.0, le=1.0)
-    """Estimated Jaccard similarity from which two records are copies."""
+    """Jaccard similarity of the whole conversation, and of its answers, from which two records are copies."""
     num_permutations: int = Field(default=128, ge=16)
     """MinHash permutations: more are slower and more exact (standard error about 1/sqrt(n))."""
     shingle_words: int = Field(default=5, ge=1)

@@ -26,7 +26,7 @@ class SourceSpec(Spec):
     """One source of training data."""
 
     path: str | None = None
-    """A file, a glob, or any fsspec URL; relative paths start at the recipe's folder. jsonl, json, csv or parquet; plain, .gz or .zst."""
+    """A file, a glob, or fsspec URL; relative paths start at the recipe's folder. jsonl, json, csv, parquet, also .gz, .zst."""
     dataset: str | None = None
     """A Hugging Face hub dataset id, `name` or `name:config`, instead of `path` (extra `hub`)."""
     split_name: str = "train"

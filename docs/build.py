@@ -1,0 +1,107 @@
+"""Writes the generated pages: docs/recipe.md and docs/recipe.schema.json. `--check` says whether they are up to date."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tutelage.recipe import Recipe, json_schema
+
+DOCS = Path(__file__).parent
+HEAD = """\
+# The recipe
+
+One YAML file says all that a run depends on. It is read strictly: unknown keys are refused with the nearest known one,
+every mistake is listed at once with file and line, and scalars follow YAML 1.2 (`1e-5` is a number, `no` is a word).
+
+* `--set mix.rates.temperature=3` overrides a value on the command line; lists are indexed, `curate.rules.0.length...`.
+* `from: base.yaml` takes everything that this file does not say from a base recipe (one level).
+* Where a section has a `kind`, it can be written `equal`, `{temperature: {temperature: 3}}` or `{kind: temperature, temperature: 3}`.
+* Relative paths start at the recipe's own folder.
+* `tutelage check RECIPE --resolved` prints every value with its origin; the same text is kept beside each run.
+* Editors complete recipes with `# yaml-language-server: $schema=recipe.schema.json` as the first line.
+
+This page is generated from the schema by `make docs`.
+"""
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    schema = json_schema()
+    definitions = schema["$defs"]
+    lines = [HEAD, "## Top level\n", *_table(schema, definitions)]
+    done: set[str] = set()
+    for name, info in Recipe.model_fields.items():
+        for definition in _definitions(schema["properties"][name], definitions):
+            _section(name, definition, definitions, lines, done)
+        assert info.description, f"{name} has no description"
+    return "\n".join(lines) + "\n"
+
+
+def _section(path: str, definition: str, definitions: dict[str, Any], lines: list[str], done: set[str]) -> None:
+    if definition in done:
+        return
+    done.add(definition)
+    body = definitions[definition]
+    kind = body["properties"].get("kind", {}).get("const")
+    lines += [f"\n## `{path}`" + (f": `{kind}`" if kind else ""), "", body.get("description", "").split("\n\n")[0], ""]
+    lines += _table(body, definitions)
+    for name, value in body["properties"].items():
+        for inner in _definitions(value, definitions):
+            _section(f"{path}.{name}", inner, definitions, lines, done)
+
+
+def _table(body: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
+    rows = ["| key | what | default |", "|---|---|---|"]
+    for name, value in body["properties"].items():
+        if name == "kind":
+            continue
+        default = "**required**" if name in body.get("required", ()) else f"`{_default(value)}`" if "default" in value else ""
+        # pydantic leaves out a description that its definition repeats
+        text = value.get("description") or definitions[_definitions(value, definitions)[0]]["description"].split("\n\n")[0]
+        text = " ".join(text.split()) + _choices(value)
+        rows.append(f"| `{name}` | {text} | {default} |".replace("<", "&lt;"))
+    return rows if len(rows) > 2 else ["No keys."]
+
+
+def _choices(value: dict[str, Any]) -> str:
+    for part in [value, *value.get("anyOf", ())]:
+        if "enum" in part:
+            return " One of: " + ", ".join(f"`{choice}`" for choice in part["enum"]) + "."
+    return ""
+
+
+def _default(value: dict[str, Any]) -> str:
+    default = value["default"]
+    if isinstance(default, dict):
+        return default["kind"] if "kind" in default else "see below"
+    if isinstance(default, list) and default and isinstance(default[0], dict):
+        return "[" + ", ".join(entry["kind"] for entry in default) + "]"
+    return json.dumps(default)
+
+
+def _definitions(value: Any, definitions: dict[str, Any]) -> list[str]:
+    """The definitions that a property refers to, however deep."""
+    if isinstance(value, dict):
+        own = [value["$ref"].rpartition("/")[2]] if "$ref" in value else []
+        inner = [part for key, part in value.items() if key not in ("$ref", "discriminator")]
+        return own + [name for part in inner for name in _definitions(part, definitions)]
+    return [name for inner in value for name in _definitions(inner, definitions)] if isinstance(value, list) else []
+
+
+def main() -> int:
+    """Writes the pages, or with --check returns 1 when one is out of date."""
+    pages = {"recipe.md": page(), "recipe.schema.json": json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"}
+    stale = [name for name, text in pages.items() if not (DOCS / name).exists() or (DOCS / name).read_text() != text]
+    if "--check" in sys.argv:
+        sys.stderr.write("".join(f"docs/{name} is out of date: run `make docs`\n" for name in stale))
+        return 1 if stale else 0
+    for name in stale:
+        (DOCS / name).write_text(pages[name])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""The loop of this room: raw records to the columns of `conversations.parquet`, or to lines of `dropped.parquet`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tutelage.sources.detect import Decision, check_columns, choose, shape_named, spread
+from tutelage.sources.keys import TurnRow, content_key, prompt_key
+from tutelage.sources.parse import Record, parse
+from tutelage.sources.reasons import MALFORMED, MAX_EXCERPT_CHARACTERS, Malformed, excerpt_of, printable
+from tutelage.sources.scan import Block
+from tutelage.sources.shapes import placeholders, split_instances
+from tutelage.sources.spec import IntakeSpec, SourceSpec
+from tutelage.tables import CONVERSATIONS, DROPPED, ConversationColumns
+
+ROWS_PER_GROUP = 50_000
+CHARACTERS_PER_GROUP = 64_000_000  # bounds memory where records are long
+ROW_UNKNOWN = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A sound record that the recipe does not want."""
+
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How a record gets its task, licence and origin, and which of them are let in."""
+
+    source: str
+    spec: SourceSpec
+    intake: IntakeSpec
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that every record must have."""
+        return [name for name in (self.spec.task_column, self.spec.licence_column, self.spec.origin_column) if name]
+
+    def constant(self) -> tuple[str, str, str] | Refusal | None:
+        """Labels that are the same for every record, None when a column decides."""
+        return None if self.columns else self.of({})
+
+    def of(self, record: Record) -> tuple[str, str, str] | Refusal:
+        """(task, licence, origin) of one record, or why it is not let in; Malformed when a column holds no label."""
+        task = self._label(record, self.spec.task_column, self.spec.task or self.source)
+        licence = self._label(record, self.spec.licence_column, self.spec.licence)
+        origin = self._label(record, self.spec.origin_column, self.spec.origin)
+        if self.spec.origin_column and origin != "human" and not (origin.startswith("model:") and len(origin) > len("model:")):
+            raise Malformed("bad_label", f"`{self.spec.origin_column}` is {origin!r}; an origin is `human` or `model:NAME`")
+        if self.intake.licences is not None and licence not in self.intake.licences:
+            return Refusal("licence_not_allowed", f"{licence}; allowed: {', '.join(self.intake.licences)}")
+        if self.intake.origins is not None and not is_origin_allowed(origin, self.intake.origins):
+            return Refusal("origin_not_allowed", f"{origin}; allowed: {', '.join(self.intake.origins)}")
+        return task, licence, origin
+
+    @staticmethod
+    def _label(record: Record, column: str | None, otherwise: str) -> str:
+        if column is None:
+            return otherwise
+        value = record.get(column)
+        if type(value) is int:
+            return str(value)
+        if type(value) is not str or not value.strip():
+            raise Malformed("bad_label", f"`{column}` is {'absent' if value is None else repr(value)[:40]}")
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise Malformed("lone_surrogate", f"in `{column}`") from None
+        return value
+
+
+def is_origin_allowed(origin: str, allowed: Iterable[str]) -> bool:
+    """Whether an origin is one of the allowed ones; `model:*` allows every model.
+
+    >>> is_origin_allowed("model:gpt-4", ["human", "model:*"]), is_origin_allowed("human", ["model:*"])
+    (True, False)
+    """
+    return any(origin == each or (each.endswith("*") and origin.startswith(each[:-1])) for each in allowed)
+
+
+@dataclass
+class DroppedWriter:
+    """Lines of `dropped.parquet`, written in groups, and their count by reason."""
+
+    source: str
+    path: Path
+    counts: Counter[str] = field(default_factory=Counter)
+    _lines: list[tuple[str, str, int, int, str, str, str]] = field(default_factory=list)
+    _writer: pq.ParquetWriter | None = None
+
+    def add(self, file: str, line: int, reason: str, *, detail: str = "", excerpt: str = "", row: int = ROW_UNKNOWN) -> None:
+        """One record that was set aside."""
+        self.counts[reason] += 1
+        excerpt = printable(excerpt, MAX_EXCERPT_CHARACTERS)
+        self._lines.append((self.source, file, line, row, reason, printable(detail), excerpt))
+        if len(self._lines) >= ROWS_PER_GROUP:
+            self._flush()
+
+    def close(self) -> None:
+        """Writes what is left; the file is there even when it has no line."""
+        self._flush()
+        assert self._writer is not None
+        self._writer.close()
+
+    def _flush(self) -> None:
+        columns = zip(*self._lines, strict=True) if self._lines else [() for _ in DROPPED]
+        arrays = [pa.array(list(values), _plain(kind)).cast(kind) for values, kind in zip(columns, DROPPED.types, strict=True)]
+        self._writer = write_group(self._writer, self.path, pa.table(arrays, schema=DROPPED))
+        self._lines = []
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    return pa.string() if pa.types.is_dictionary(kind) else kind
+
+
+def write_group(writer: pq.ParquetWriter | None, path: Path, table: pa.Table) -> pq.ParquetWriter:
+    """Appends a table as one row group, opening the file at the first."""
+    writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd", compression_level=1)
+    writer.write_table(table)
+    return writer
+
+
+@dataclass
+class Gatherer:
+    """Takes the blocks of a source's files; bounded memory, whatever their size."""
+
+    labels: Labels
+    path: Path
+    dropped: DroppedWriter
+    num_kept: int = 0
+    num_records: int = 0
+    _columns: ConversationColumns = field(default_factory=ConversationColumns)
+    _turns: list[TurnRow] = field(default_factory=list)
+    _num_characters: int = 0
+    _writer: pq.ParquetWriter | None = None
+
+    def take_file(self, name: str, blocks: Iterator[Block], advance: Callable[[int], None]) -> dict[str, Any]:
+        """Reads one file and returns its facts: records, bad ones, shape, why."""
+        blocks, decision = self._decide(blocks)
+        before, bad_before = self.num_records, self.num_bad
+        for block in blocks:
+            seen = self.num_records
+            self._take_block(name, block, decision.name)
+            advance(self.num_records - seen)
+        records, bad = self.num_records - before, self.num_bad - bad_before
+        return {"records": records, "bad": bad, "shape": decision.name, "why": decision.why}
+
+    def close(self) -> None:
+        """Writes what is left; the file is there even when it has no record."""
+        self._flush()
+        assert self._writer is not None
+        self._writer.close()
+
+    @property
+    def num_bad(self) -> int:
+        """Malformed records so far."""
+        return sum(count for reason, count in self.dropped.counts.items() if reason in MALFORMED)
+
+    def _decide(self, blocks: Iterator[Block]) -> tuple[Iterator[Block], Decision]:
+        """The blocks unchanged, and the shape of the file by its first one."""
+        first = next((block for block in blocks if any(not _is_blank(item) for item in block.items)), None)
+        spec = self.labels.spec
+        if first is None:
+            return iter(()), Decision(spec.shape, "the file holds no record")
+        sample = [_look(item) for item in spread([item for item in first.items if not _is_blank(item)])]
+        needed = self.labels.columns
+        if spec.columns is not None:
+            templates = [spec.columns.user, spec.columns.assistant, spec.columns.system or ""]
+            needed = [*needed, *(name for template in templates if template for name in placeholders(template))]
+        check_columns(sample, needed)
+        decision = choose(sample) if spec.shape == "auto" else Decision(spec.shape, "as the recipe says")
+        return chain([first], blocks), decision
+
+    def _take_block(self, file: str, block: Block, shape: str) -> None:
+        convert = shape_named(shape, self.labels.spec.columns)
+        is_task = shape == "natural_instructions"
+        constant = self.labels.constant()
+        for line, item in zip(block.lines, block.items, strict=True):
+            if _is_blank(item):
+                continue
+            try:
+                record = parse(item) if type(item) is bytes else _as_record(item)
+                labels = constant or self.labels.of(record)
+                if type(labels) is Refusal:
+                    self._refuse(file, line, labels, split_instances(record) if is_task else (record,))
+                    continue
+                if not is_task:
+                    turns, tools = convert(record)
+                    self._keep(file, line, 0, labels, turns, tools)
+                    continue
+                parts = split_instances(record)
+            except Malformed as error:
+                self._set_aside(file, line, error, item)
+                continue
+            for part, instance in enumerate(parts):
+                try:
+                    turns, tools = convert(_as_record(instance))
+                    self._keep(file, line, part, labels, turns, tools)
+                except Malformed as error:
+                    self._set_aside(file, line, error, instance, part=part)
+
+    def _keep(self, file: str, line: int, part: int, labels: Any, turns: list[TurnRow], tools: str | None) -> None:
+        columns = self._columns
+        columns.content_key.append(content_key(turns, tools))  # first: it may refuse the record
+        columns.prompt_key.append(prompt_key(turns))
+        columns.file.append(file)
+        columns.line.append(line)
+        columns.part.append(part)
+        columns.task.append(labels[0])
+        columns.licence.append(labels[1])
+        columns.origin.append(labels[2])
+        columns.tools.append(tools)
+        columns.num_turns.append(len(turns))
+        self._turns += turns
+        self.num_records += 1
+        self._num_characters += len(turns[0][1]) + len(turns[-1][1])
+        if len(columns.line) >= ROWS_PER_GROUP or self._num_characters >= CHARACTERS_PER_GROUP:
+            self._flush()
+
+    def _set_aside(self, file: str, line: int, error: Malformed, item: Any, part: int | None = None) -> None:
+        self.num_records += 1
+        where = "" if part is None else f"instance {part}: "
+        self.dropped.add(file, line, error.reason, detail=where + error.detail, excerpt=error.excerpt or _excerpt(item))
+
+    def _refuse(self, file: str, line: int, refusal: Refusal, parts: Sequence[Any]) -> None:
+        for part in parts:
+            self.num_records += 1
+            self.dropped.add(file, line, refusal.reason, detail=refusal.detail, excerpt=_excerpt(part))
+
+    def _flush(self) -> None:
+        columns = self._columns
+        fields = zip(*self._turns, strict=True) if self._turns else [() for _ in range(7)]
+        names = (
+            columns.role,
+            columns.content,
+            columns.reasoning,
+            columns.tool_calls,
+            columns.name,
+            columns.call_id,
+            columns.weight,
+        )
+        for target, values in zip(names, fields, strict=True):
+            target.extend(values)  # type: ignore[attr-defined]
+        self.num_kept += len(columns)
+        self._writer = write_group(self._writer, self.path, columns.table().cast(CONVERSATIONS))
+        self._columns, self._turns, self._num_characters = ConversationColumns(), [], 0
+
+
+def _is_blank(item: Any) -> bool:
+    return type(item) is bytes and (not item or item.isspace())
+
+
+def _as_record(item: Any) -> Record:
+    if isinstance(item, Malformed):
+        raise item
+    if type(item) is not dict:
+        raise Malformed("not_an_object", f"a {type(item).__name__}")
+    return item
+
+
+def _look(item: Any) -> Record | Malformed:
+    try:
+        return parse(item) if type(item) is bytes else _as_record(item)
+    except Malformed as error:
+        return error
+
+
+def _excerpt(item: Any) -> str:
+    if isinstance(item, bytes):
+        return excerpt_of(item)
+    if isinstance(item, Malformed):
+        return item.excerpt
+    shown = {key: value for key, value in item.items() if key != "lead"} if isinstance(item, dict) else item
+    return json.dumps(shown, ensure_ascii=False, default=str)[:MAX_EXCERPT_CHARACTERS]
