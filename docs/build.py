@@ -1,7 +1,8 @@
-"""Writes the generated pages: docs/recipe.md and docs/recipe.schema.json. `--check` says whether they are up to date."""
+"""Writes what is generated: docs/recipe.md, its JSON Schema, and the map in the README. `--check` says whether all is up to date."""
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,14 @@ from typing import Any
 from tutelage.recipe import Recipe, json_schema
 
 DOCS = Path(__file__).parent
+README = DOCS.parent / "README.md"
+CODE = DOCS.parent / "src" / "tutelage"
+MAP_START, MAP_END = "<!-- map: written by `make docs` -->\n", "<!-- end of map -->"
+OTHER_FILES = {
+    "page.html.j2": "the report's skeleton; every string in it is escaped",
+    "page.css": "its looks: light, dark, print, 400 to 1600 px",
+    "page.js": "its conveniences; the page is whole without them",
+}
 HEAD = """\
 # The recipe
 
@@ -91,15 +100,38 @@ def _definitions(value: Any, definitions: dict[str, Any]) -> list[str]:
     return [name for inner in value for name in _definitions(inner, definitions)] if isinstance(value, list) else []
 
 
+def readme() -> str:
+    """The README with its map of the code made anew: one line per file, the first sentence of its docstring."""
+    before, _, rest = README.read_text().partition(MAP_START)
+    _, _, after = rest.partition(MAP_END)
+    suffixes = (".py", ".j2", ".css", ".js")
+    files = sorted(path for path in CODE.rglob("*") if path.suffix in suffixes and path.name != "__init__.py")
+    rooms = [path.parent for path in files if path.parent != CODE]
+    lines: list[str] = []
+    for folder in [CODE, *dict.fromkeys(rooms)]:
+        lines += ["", f"{folder.relative_to(CODE.parent)}/   {_first_sentence(folder / '__init__.py')}"]
+        lines += [f"  {path.relative_to(CODE).as_posix():<26} {_first_sentence(path)}" for path in files if path.parent == folder]
+    return before + MAP_START + "```text" + "\n".join(lines) + "\n```\n" + MAP_END + after
+
+
+def _first_sentence(path: Path) -> str:
+    if path.name in OTHER_FILES:
+        return OTHER_FILES[path.name]
+    doc = ast.get_docstring(ast.parse(path.read_text()))
+    assert doc, f"{path} has no docstring"
+    return doc.splitlines()[0].rstrip(".")
+
+
 def main() -> int:
     """Writes the pages, or with --check returns 1 when one is out of date."""
-    pages = {"recipe.md": page(), "recipe.schema.json": json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"}
-    stale = [name for name, text in pages.items() if not (DOCS / name).exists() or (DOCS / name).read_text() != text]
+    schema = json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"
+    pages = {DOCS / "recipe.md": page(), DOCS / "recipe.schema.json": schema, README: readme()}
+    stale = [path for path, text in pages.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv:
-        sys.stderr.write("".join(f"docs/{name} is out of date: run `make docs`\n" for name in stale))
+        sys.stderr.write("".join(f"{path.name} is out of date: run `make docs`\n" for path in stale))
         return 1 if stale else 0
-    for name in stale:
-        (DOCS / name).write_text(pages[name])
+    for path in stale:
+        path.write_text(pages[path])
     return 0
 
 

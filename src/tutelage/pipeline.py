@@ -270,22 +270,23 @@ def _publish(pipeline: Pipeline, artefacts: Mapping[str, Artefact], folder: Path
     folder.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
     write_atomic(folder / "recipe.yaml", resolved_text(pipeline.file, relative_to=folder).encode())
-    for label, name in _PUBLISHED:
+    for label, name, target in _PUBLISHED:
         if label in artefacts and (artefacts[label].path / name).exists():
-            _copy(artefacts[label].path / name, folder / name)
+            _copy(artefacts[label].path / name, folder / target)
     pipeline.store.remember_run(folder, keys)
     write_atomic(record, text.encode())
 
 
 _PUBLISHED = (
-    ("plan", "steps.parquet"),
-    ("train", "model"),
-    ("train", "steps.parquet"),
-    ("train", "events.jsonl"),
-    ("train", "evals.parquet"),
-    ("train", "samples.parquet"),
-    ("report", "report.html"),
+    ("train", "model", "model"),
+    ("train", "steps.parquet", "steps.parquet"),
+    ("train", "events.jsonl", "events.jsonl"),
+    ("train", "evals.parquet", "evals.parquet"),
+    ("train", "samples.parquet", "samples.parquet"),
+    ("report", "report.html", "report.html"),
+    ("report", "model_card.md", "model/README.md"),
 )
+"""(stage, file of its artefact, where it goes in the run's folder)."""
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -390,6 +390,47 @@ class RenderedSet:
         write_table(folder / "examples.parquet", examples.cast(EXAMPLES))
 
 
+class RenderedWriter:
+    """Writes a `RenderedSet` batch by batch, so that memory holds one batch; `close()` makes it readable.
+
+    A .npy header states the length, so it is written last, over a placeholder of the same size.
+    """
+
+    _ARRAYS = (("ids", np.int32), ("kinds", np.uint8), ("turns", np.int16), ("turn_weights", np.float32))
+
+    def __init__(self, folder: Path) -> None:
+        self._files = {name: (folder / f"{name}.npy").open("w+b") for name, _ in self._ARRAYS}
+        self._lengths = dict.fromkeys(self._files, 0)
+        for name, dtype in self._ARRAYS:
+            self._write_header(name, dtype)
+        self._examples = pq.ParquetWriter(folder / "examples.parquet", EXAMPLES, compression="zstd", compression_level=1)
+
+    def write(self, examples: pa.Table, rendered: Sequence[Rendered]) -> None:
+        """Appends examples; `examples` has one line for each."""
+        assert examples.num_rows == len(rendered), "one line per example"
+        for name, dtype in self._ARRAYS:
+            parts = [getattr(r, name) for r in rendered]
+            array = np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
+            self._files[name].write(array.tobytes())
+            self._lengths[name] += len(array)
+        self._examples.write_table(examples.cast(EXAMPLES))
+
+    def close(self) -> None:
+        """Fills in the lengths."""
+        for name, dtype in self._ARRAYS:
+            self._write_header(name, dtype)
+            self._files[name].close()
+        self._examples.close()
+
+    def _write_header(self, name: str, dtype: Any) -> None:
+        file = self._files[name]
+        file.seek(0)
+        descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+        # numpy pads this header so that a first axis of up to 21 digits fits in place
+        header = {"descr": descr, "fortran_order": False, "shape": (self._lengths[name],)}
+        np.lib.format.write_array_header_1_0(file, header)
+
+
 def _offsets(lengths: pa.ChunkedArray) -> Int64:
     return np.concatenate([[0], np.cumsum(lengths.to_numpy(), dtype=np.int64)])
 

@@ -54,7 +54,7 @@ class TrainSpec(Spec):
     max_grad_norm: float | None = Field(default=1.0, gt=0.0)
     """Gradients are scaled down to this norm; null leaves them."""
     micro_batch_rows: int | None = Field(default=None, ge=1)
-    """Rows per forward pass; must divide the rows of a step. All rows of the step when left out. Gradients do not depend on it."""
+    """Rows per forward pass, the last taking what is left; 2,048 slots' worth when left out. Gradients do not depend on it."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """`auto` takes cuda, else mps, else cpu."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -1,0 +1,188 @@
+"""Weights: from what each token *is* to how much it counts, and the one shift to next-token targets.
+
+The weight of a token sits on that token as a target. The first token of a document is never a target, so its weight never
+counts. Several documents may lie end to end: `offsets` says where each begins, and the total.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from tutelage.plan.spec import (
+    FullLoss,
+    InstructionModelling,
+    KindWeights,
+    LastResponse,
+    LossRule,
+    PromptWeight,
+    ResponseLoss,
+)
+from tutelage.records import LEARNED_KINDS, NO_TARGET, Float32, Float64, Int32, Int64, Kind, UInt8
+
+_CHUNK_TOKENS = 1 << 20
+_NO_TURN = -1
+
+
+class Tokens(Protocol):
+    """Documents end to end: `tables.RenderedSet` on disk, or `batch.InMemory`."""
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Token ids (T,)."""
+
+    @property
+    def kinds(self) -> UInt8:
+        """A `Kind` per token (T,)."""
+
+    @property
+    def turns(self) -> np.ndarray:
+        """The turn of each token, -1 for none (T,)."""
+
+    @property
+    def turn_weights(self) -> Float32:
+        """The learn weight of every turn."""
+
+    @property
+    def offsets(self) -> Int64:
+        """First token of every document, and the total."""
+
+    @property
+    def turn_offsets(self) -> Int64:
+        """First turn of every document, and the total."""
+
+
+def kind_table(loss: LossRule) -> Float32:
+    """The weight of each `Kind` under a rule, f32 (8,).
+
+    Instruction Modelling trains user text, answers and stops, and no template token (arXiv 2405.14394, equation 4); system
+    prompts and tool results are neither instruction nor answer there.
+
+    >>> kind_table(InstructionModelling()).tolist()             # scaffold system user assistant reasoning call result stop
+    [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0]
+    """
+    table = np.zeros(len(Kind), np.float32)
+    learned = [int(kind) for kind in LEARNED_KINDS]
+    match loss:
+        case ResponseLoss() | LastResponse():
+            table[learned] = 1.0
+        case InstructionModelling():
+            table[[*learned, Kind.USER]] = 1.0
+        case FullLoss():
+            table[:] = 1.0
+        case PromptWeight():
+            table[[Kind.SYSTEM, Kind.USER]] = loss.prompt_weight
+            table[learned] = 1.0
+        case KindWeights():
+            for name, weight in loss.weights.items():
+                table[Kind[name.upper()]] = weight
+    return table
+
+
+def weigh_tokens(
+    kinds: UInt8,
+    *,
+    loss: LossRule | None = None,
+    turns: np.ndarray | None = None,
+    turn_weights: Float32 | None = None,
+    offsets: Int64 | None = None,
+    turn_offsets: Int64 | None = None,
+) -> Float32:
+    """The loss weight of each token, f32 (T,): the rule's weight of its kind times the learn weight of its turn.
+
+    `turns` i16 (T,) is the turn of each token within its document (-1 for none) and `turn_weights` one weight per turn;
+    with several documents end to end, `offsets` and `turn_offsets` say where each begins. Only `last_response` needs turns.
+
+    >>> S, U, A, E = Kind.SCAFFOLD, Kind.USER, Kind.ASSISTANT, Kind.STOP
+    >>> kinds = np.array([S, U, U, S, A, E, S, U, S, A, E], np.uint8)
+    >>> turns = np.array([0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 3], np.int16)
+    >>> weigh_tokens(kinds).astype(int).tolist()
+    [0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1]
+    >>> weigh_tokens(kinds, loss=LastResponse(), turns=turns).astype(int).tolist()
+    [0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1]
+    >>> weigh_tokens(kinds, turns=turns, turn_weights=np.array([1, 0, 1, 0.5], np.float32)).tolist()
+    [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5, 0.5]
+    """
+    loss = loss or ResponseLoss()
+    weights: Float32 = kind_table(loss)[kinds]
+    starts = np.array([0, len(kinds)]) if offsets is None else offsets
+    if isinstance(loss, LastResponse):
+        assert turns is not None, "last_response needs to know the turns"
+        weights[turns != np.repeat(_last_learned_turn(kinds, turns, starts), np.diff(starts))] = 0.0
+    if turn_weights is not None and not (turn_weights == 1.0).all():
+        assert turns is not None, "turn weights need to know the turns"
+        first_turn = np.zeros(1, np.int64) if turn_offsets is None else turn_offsets[:-1]
+        flat = np.repeat(first_turn, np.diff(starts)) + turns
+        weights *= np.where(turns == _NO_TURN, np.float32(1.0), turn_weights[np.where(turns == _NO_TURN, 0, flat)])
+    return weights
+
+
+def _last_learned_turn(kinds: UInt8, turns: np.ndarray, offsets: Int64) -> Int64:
+    """The last turn with a learned token, of each document; -2 (no turn at all) where there is none."""
+    learned = np.isin(kinds, [int(kind) for kind in LEARNED_KINDS])
+    last = np.full(len(offsets) - 1, -2, np.int64)
+    filled = np.flatnonzero(np.diff(offsets) > 0)
+    if len(filled):
+        last[filled] = np.maximum.reduceat(np.where(learned, turns, -2), offsets[filled])
+    return last
+
+
+def shift_targets(ids: Int32, weights: Float32, *, offsets: Int64 | None = None) -> tuple[Int32, Int32, Float32]:
+    r"""`(inputs, targets, target_weights)` of one document, each (T,): position i learns token i + 1 with that token's weight.
+
+    This is the only place where targets are shifted, and it happens per document, before packing: no document ever
+    learns the first token of its neighbour. `offsets` marks documents that lie end to end.
+
+    >>> ids = np.array([7, 8, 9, 5, 6], np.int32)                              # two documents: 7 8 9 and 5 6
+    >>> weights = np.array([1, 0, 1, 1, 1], np.float32)
+    >>> inputs, targets, target_weights = shift_targets(ids, weights, offsets=np.array([0, 3, 5]))
+    >>> print(inputs, targets, target_weights, sep="\n")
+    [7 8 9 5 6]
+    [   8    9 -100    6 -100]
+    [0. 1. 0. 1. 0.]
+
+    The last position of a document has no target and weight 0; the weight of its first token is never used.
+    """
+    targets, target_weights = np.full_like(ids, NO_TARGET), np.zeros_like(weights)
+    targets[:-1], target_weights[:-1] = ids[1:], weights[1:]
+    if offsets is not None:
+        ends = offsets[1:][np.diff(offsets) > 0] - 1
+        targets[ends], target_weights[ends] = NO_TARGET, 0.0
+    return ids, targets, target_weights
+
+
+def weigh_examples(tokens: Tokens, *, loss: LossRule, multiplier: float = 1.0) -> tuple[Float64, Int64]:
+    """Per document: the sum of its target weights (f64), and how many targets have weight above 0.
+
+    Works through the tokens a million at a time, so that memory does not grow with the set.
+    """
+    offsets = tokens.offsets
+    num = len(offsets) - 1
+    total, supervised = np.zeros(num), np.zeros(num, np.int64)
+    first = 0
+    while first < num:
+        last = max(int(np.searchsorted(offsets, offsets[first] + _CHUNK_TOKENS, "right")) - 1, first + 1)
+        weights, starts = _stretch(tokens, first, last, loss=loss)
+        weights *= np.float32(multiplier)
+        filled = np.flatnonzero(np.diff(starts) > 0)
+        weights[starts[filled]] = 0.0  # the first token of a document is never a target
+        if len(filled):
+            total[first + filled] = np.add.reduceat(weights, starts[filled], dtype=np.float64)
+            supervised[first + filled] = np.add.reduceat(weights > 0, starts[filled], dtype=np.int64)
+        first = last
+    return total, supervised
+
+
+def _stretch(tokens: Tokens, first: int, last: int, *, loss: LossRule) -> tuple[Float32, Int64]:
+    """The token weights of documents `first : last`, and their offsets from the first."""
+    offsets, turn_offsets = tokens.offsets[first : last + 1], tokens.turn_offsets[first : last + 1]
+    weights = weigh_tokens(
+        np.asarray(tokens.kinds[offsets[0] : offsets[-1]]),
+        loss=loss,
+        turns=np.asarray(tokens.turns[offsets[0] : offsets[-1]]),
+        turn_weights=np.asarray(tokens.turn_weights[turn_offsets[0] : turn_offsets[-1]]),
+        offsets=offsets - offsets[0],
+        turn_offsets=turn_offsets - turn_offsets[0],
+    )
+    return weights, offsets - offsets[0]

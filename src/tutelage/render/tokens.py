@@ -1,0 +1,338 @@
+"""Texts to ids with exact byte positions, and positions plus cells to one kind and turn per token.
+
+Positions come from the vocabulary itself where it can be read as bytes: token i covers as many bytes as its own text
+has, so cumulative lengths are exact spans, and comparing those bytes with the text proves in one stroke that every token
+decodes to what stands there. Where that cannot be (a tokenizer that rewrites text), the tokenizer's own offsets serve and
+each learned span is decoded and compared instead.
+
+Arrays of a batch are flat: N tokens, B bytes, E examples. Positions count UTF-8 bytes from the start of the batch.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Any
+
+import numpy as np
+
+from tutelage.records import Int32, Int64, UInt8
+from tutelage.render.cells import Cells
+from tutelage.render.tokenizer import OpenTokenizer
+
+BATCH_TEXTS = 4096
+"""Texts per call of the Rust tokenizer: smaller ones leave cores idle, larger ones cost memory and time."""
+
+_PRIORITY = np.array([0, 1, 1, 3, 3, 3, 1, 2], np.uint8)
+"""By kind: who gets a token that straddles a border. What the model writes, then its stop, then what it reads, then scaffold."""
+
+
+@dataclass
+class Encoded:
+    """A batch of encoded texts: ids, starts, ends are (N,); `num_tokens` and `num_bytes` are (E,); `is_proved` (E,) bool."""
+
+    ids: Int32
+    starts: Int64
+    ends: Int64
+    num_tokens: Int64
+    num_bytes: Int64
+    is_proved: np.ndarray
+
+    @property
+    def token_offsets(self) -> Int64:
+        """First token of every example, and the total."""
+        return _offsets(self.num_tokens)
+
+    @property
+    def byte_offsets(self) -> Int64:
+        """First byte of every example, and the total."""
+        return _offsets(self.num_bytes)
+
+
+@dataclass
+class Labelled:
+    """Kinds and turns of a batch's tokens, the cell each went to, and how many each cell got."""
+
+    kinds: UInt8
+    turns: np.ndarray
+    cell: Int64
+    tokens_per_cell: Int64
+
+
+def _offsets(lengths: Int64) -> Int64:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+@dataclass
+class ByteTable:
+    """Every token of a vocabulary as bytes: token i stands for `texts[i]`, `lengths[i]` bytes long.
+
+    `has_dummy`: the tokenizer puts a space in front of each stretch of text between special tokens. Tokens without that
+    space follow the vocabulary: token i is then `texts[size + i]`.
+    """
+
+    texts: list[bytes]
+    lengths: Int64
+    is_special: np.ndarray
+    has_dummy: bool
+
+    @property
+    def size(self) -> int:
+        """The number of ids."""
+        return len(self.is_special)
+
+
+def byte_table(tokenizer: OpenTokenizer) -> ByteTable | None:
+    """The vocabulary as bytes, or None when the tokenizer's pieces are not plain bytes of the text."""
+    layout = tokenizer.layout
+    if (spell := _speller(layout)) is None:
+        return None
+    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
+    added = {token.content for token in tokenizer.backend.get_added_tokens_decoder().values()}
+    is_byte_level = _types(layout["decoder"]) == ["ByteLevel"]
+    texts = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    for token, token_id in vocabulary.items():
+        texts[token_id] = token.encode() if is_byte_level and token in added else spell(token)
+    is_special = special_ids(tokenizer, len(texts))
+    has_dummy = "Prepend" in _types(layout["normalizer"])
+    if has_dummy:
+        texts += [text[1:] for text in texts]
+    return ByteTable(texts, np.fromiter(map(len, texts), np.int64, len(texts)), is_special, has_dummy)
+
+
+def special_ids(tokenizer: OpenTokenizer, size: int | None = None) -> np.ndarray:
+    """A boolean per id: is this token flagged special?"""
+    ids = [tokenizer.id_of(text) for text in tokenizer.special]
+    flags = np.zeros(size if size is not None else tokenizer.backend.get_vocab_size(with_added_tokens=True) + 1, bool)
+    flags[ids] = True
+    return flags
+
+
+def _types(component: Any) -> list[str]:
+    """The type names in a component of a tokenizer's JSON, sequences opened."""
+    if component is None:
+        return []
+    inner = component.get("normalizers") or component.get("pretokenizers") or component.get("decoders")
+    return [component["type"]] if inner is None else [name for part in inner for name in _types(part)]
+
+
+def _speller(layout: dict[str, Any]) -> Any:
+    """How a token's text becomes bytes in this tokenizer; None when we cannot tell."""
+    decoders, before = _types(layout["decoder"]), _types(layout["pre_tokenizer"])
+    if "Metaspace" in before or '"add_prefix_space": true' in str(layout["pre_tokenizer"]).replace("'", '"').replace(
+        "True", "true"
+    ):
+        return None
+    if decoders == ["ByteLevel"]:
+        alphabet = _byte_alphabet()
+        return lambda token: bytes(alphabet[c] for c in token) if all(c in alphabet for c in token) else token.encode()
+    if "ByteFallback" in decoders and "Replace" in decoders:
+        return lambda token: bytes([int(token[3:5], 16)]) if _BYTE.fullmatch(token) else token.replace("▁", " ").encode()
+    return None
+
+
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The letters that byte-level vocabularies write bytes with (GPT-2's `bytes_to_unicode`), inverted."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in set(shown)]
+    return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
+class Encoder:
+    """Encodes batches of texts with one tokenizer."""
+
+    def __init__(self, tokenizer: OpenTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.table = byte_table(tokenizer)
+        self.is_special = self.table.is_special if self.table is not None else special_ids(tokenizer)
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Ids and byte positions of whole texts; ids are those of `tokenizer(text, add_special_tokens=False)`."""
+        raw = [text.encode() for text in texts]
+        num_bytes = np.fromiter(map(len, raw), np.int64, len(raw))
+        if self.table is None:
+            return self._by_offsets(texts, num_bytes)
+        rows = [encoding.ids for encoding in self.tokenizer.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        num_tokens = np.fromiter(map(len, rows), np.int64, len(rows))
+        ids = np.fromiter(chain.from_iterable(rows), np.int32, int(num_tokens.sum()))
+        encoded = _by_bytes(self.table, ids, num_tokens, raw)
+        unproved = np.flatnonzero(~encoded.is_proved)
+        if len(unproved):
+            again = self._by_offsets([texts[i] for i in unproved.tolist()], num_bytes[unproved])
+            _patch(encoded, unproved, again)
+        return encoded
+
+    def encode_literal(self, text: str, cells: Cells) -> Encoded:
+        """One text in which only the scaffold's special tokens count: those spelled inside messages are ordinary text."""
+        stretches, ids_at = _stretches(text, cells, _special_words(self.tokenizer)), self.tokenizer.id_of
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        for start, end, word in stretches:
+            if word:
+                ids.append(ids_at(word))
+                offsets.append((start, end))
+            elif end > start:
+                encoding = self.tokenizer.literal.encode(text[start:end], add_special_tokens=False)
+                ids += encoding.ids
+                offsets += [(start + a, start + b) for a, b in encoding.offsets]
+        num_bytes = np.array([len(text.encode())], np.int64)
+        return _from_offsets([text], [ids], [offsets], num_bytes)
+
+    def decodes(self, ids: Int32, text: str) -> bool:
+        """Whether these ids read as this text, up to Unicode normalisation and a space in front that tokenizers add or eat."""
+        decoded = self.tokenizer.backend.decode(ids.tolist(), skip_special_tokens=False)
+        return _plain(decoded) == _plain(text)
+
+    def _by_offsets(self, texts: Sequence[str], num_bytes: Int64) -> Encoded:
+        encodings = self.tokenizer.backend.encode_batch(list(texts), add_special_tokens=False)
+        return _from_offsets(texts, [e.ids for e in encodings], [e.offsets for e in encodings], num_bytes)
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFC", text.removeprefix(" "))
+
+
+def _by_bytes(table: ByteTable, ids: Int32, num_tokens: Int64, raw: Sequence[bytes]) -> Encoded:
+    """Positions from token lengths, proved by comparing the tokens' bytes with the texts'.
+
+    >>> table = ByteTable([b"a", b"bc"], np.array([1, 2]), np.zeros(2, bool), False)
+    >>> made = _by_bytes(table, np.array([0, 1, 1], np.int32), np.array([2, 1]), [b"abc", b"bc"])
+    >>> made.starts, made.ends, made.is_proved
+    (array([0, 1, 3]), array([1, 3, 5]), array([ True,  True]))
+    """
+    spelled = ids + table.size * _dummies(table, ids, num_tokens)
+    lengths = table.lengths[spelled]
+    ends = np.cumsum(lengths, dtype=np.int64)
+    sums = np.concatenate([[0], ends])[_offsets(num_tokens)]
+    text = b"".join(map(table.texts.__getitem__, spelled.tolist()))
+    edges = pairwise(sums.tolist())
+    is_proved = np.fromiter((text[a:b] == own for (a, b), own in zip(edges, raw, strict=True)), bool, len(raw))
+    num_bytes = np.fromiter(map(len, raw), np.int64, len(raw))
+    # An example of another length shifts all that follow: move each to where its text begins.
+    shift = np.repeat(_offsets(num_bytes)[:-1] - sums[:-1], num_tokens)
+    return Encoded(ids, ends - lengths + shift, ends + shift, num_tokens, num_bytes, is_proved)
+
+
+def _dummies(table: ByteTable, ids: Int32, num_tokens: Int64) -> Int64:
+    """1 for each token that begins with a space which is not in the text, else 0."""
+    out = np.zeros(len(ids), np.int64)
+    if table.has_dummy and len(ids):
+        follows = np.concatenate([[True], table.is_special[ids[:-1]]])
+        follows[_offsets(num_tokens)[:-1][num_tokens > 0]] = True
+        out[follows & ~table.is_special[ids]] = 1
+    return out
+
+
+def _from_offsets(
+    texts: Sequence[str], ids: Sequence[list[int]], offsets: Sequence[list[tuple[int, int]]], num_bytes: Int64
+) -> Encoded:
+    """Positions from character offsets; nothing is proved yet."""
+    num_tokens = np.fromiter(map(len, ids), np.int64, len(ids))
+    bases = _offsets(num_bytes)
+    spans = np.zeros((int(num_tokens.sum()), 2), np.int64)
+    at = 0
+    for text, pairs, base in zip(texts, offsets, bases[:-1].tolist(), strict=True):
+        if pairs:
+            own = np.array(pairs, np.int64)
+            spans[at : at + len(pairs)] = (own if text.isascii() else _byte_positions(text)[own]) + base
+            np.maximum.accumulate(spans[at : at + len(pairs), 0], out=spans[at : at + len(pairs), 0])
+        at += len(pairs)
+    flat = np.fromiter(chain.from_iterable(ids), np.int32, len(spans))
+    return Encoded(
+        flat, spans[:, 0].copy(), np.maximum(spans[:, 0], spans[:, 1]), num_tokens, num_bytes, np.zeros(len(ids), bool)
+    )
+
+
+def _byte_positions(text: str) -> Int64:
+    """The byte position of every character, and the total."""
+    codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    return _offsets(1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000).astype(np.int64))
+
+
+def _patch(encoded: Encoded, which: Int64, again: Encoded) -> None:
+    """Overwrites positions of some examples with those that offsets gave; the ids are the same."""
+    assert np.array_equal(encoded.num_tokens[which], again.num_tokens), "the tokenizer gave two different results for one text"
+    there, here = encoded.token_offsets, again.token_offsets
+    for k, i in enumerate(which.tolist()):
+        move = encoded.byte_offsets[i] - again.byte_offsets[k]
+        encoded.starts[there[i] : there[i + 1]] = again.starts[here[k] : here[k + 1]] + move
+        encoded.ends[there[i] : there[i + 1]] = again.ends[here[k] : here[k + 1]] + move
+
+
+def cells_in_bytes(text: str, cells: Cells) -> list[int]:
+    """The ends of a text's cells in UTF-8 bytes."""
+    return cells.ends if text.isascii() else _byte_positions(text)[cells.ends].tolist()
+
+
+def label(encoded: Encoded, cell_ends: Int64, cell_kinds: UInt8, cell_turns: np.ndarray) -> Labelled:
+    """One kind and turn per token. A token that straddles a border goes to the side that the model would have to write.
+
+    Cells partition the batch's bytes: cell c ends before byte `cell_ends[c]`.
+
+    >>> made = Encoded(np.arange(3), np.array([0, 2, 5]), np.array([2, 5, 6]), np.array([3]), np.array([6]), np.array([True]))
+    >>> out = label(made, np.array([3, 5, 6]), np.array([0, 3, 7], np.uint8), np.array([-1, 1, 1], np.int16))
+    >>> out.kinds, out.turns, out.tokens_per_cell           # bytes 0-1, 2-4, 5: the second token straddles byte 3
+    (array([0, 3, 7], dtype=uint8), array([-1,  1,  1], dtype=int16), array([1, 1, 1]))
+    """
+    starts_of_cells = np.concatenate([np.zeros(1, np.int64), cell_ends[:-1]])
+    first = np.searchsorted(encoded.starts, starts_of_cells, "left")
+    per_cell = np.diff(np.concatenate([first, [len(encoded.ids)]]))
+    cell = np.repeat(np.arange(len(cell_ends)), per_cell)
+    before = first - 1
+    straddles = (
+        np.flatnonzero((before >= 0) & (encoded.ends[np.maximum(before, 0)] > starts_of_cells)) if len(cell) else first[:0]
+    )
+    if len(straddles):
+        priority = _PRIORITY[cell_kinds]
+        order = straddles[np.argsort(priority[straddles], kind="stable")]
+        tokens = before[order]
+        wins = priority[order] > priority[cell[tokens]]
+        cell[tokens[wins]] = order[wins]
+    counts = np.bincount(cell, minlength=len(cell_ends))
+    return Labelled(cell_kinds[cell], cell_turns[cell], cell, counts)
+
+
+def _special_words(tokenizer: OpenTokenizer) -> re.Pattern[str]:
+    """Matches special tokens as the tokenizer does, with the white space that they swallow; group 1 is the token."""
+    words = sorted(tokenizer.special.values(), key=lambda token: -len(token.content))
+    space = {True: r"\s*", False: ""}
+    parts = [f"{space[w.lstrip]}(?:{re.escape(w.content)}){space[w.rstrip]}" for w in words]
+    return re.compile("|".join(parts) if parts else r"(?!)")
+
+
+def _stretches(text: str, cells: Cells, words: re.Pattern[str]) -> list[tuple[int, int, str]]:
+    """The text as (start, end, special token) where the scaffold writes one, and (start, end, "") elsewhere.
+
+    >>> cells = Cells([3, 7, 10], [0, 2, 7], [-1, 0, 0], [False, True, False])
+    >>> _stretches("<s>a<s></s", cells, re.compile("<s>|</s"))
+    [(0, 3, '<s>'), (3, 7, ''), (7, 10, '</s')]
+    """
+    out: list[tuple[int, int, str]] = []
+    at = 0
+    for start, end in _written_by_template(cells):
+        for match in words.finditer(text, start, end):
+            if match.start() > at:
+                out.append((at, match.start(), ""))
+            out.append((match.start(), match.end(), match.group().strip()))
+            at = match.end()
+    if len(text) > at:
+        out.append((at, len(text), ""))
+    return out
+
+
+def _written_by_template(cells: Cells) -> list[tuple[int, int]]:
+    """The longest stretches without a character of any message."""
+    runs: list[tuple[int, int]] = []
+    start = 0
+    for end, from_data in zip(cells.ends, cells.from_data, strict=True):
+        if not from_data:
+            joins = bool(runs) and runs[-1][1] == start
+            runs.append((runs.pop()[0] if joins else start, end))
+        start = end
+    return runs

@@ -1,0 +1,323 @@
+"""One step after another: the clock of a run, and the only place that knows when to measure, keep, stop or go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from tutelage.records import Batch, StepReport
+from tutelage.store import Json, Progress, Silent
+from tutelage.train.log import EventLog, MeasureLog, Measurement, Pace, StepLog, held_out_scalars, scalars
+from tutelage.train.micro import Names, tally
+from tutelage.train.optimizer import Optimizer
+from tutelage.train.schedule import learning_rate_at
+from tutelage.train.spec import TrainSpec
+from tutelage.train.state import Checkpoints, Position, Snapshot, random_state, set_random_state
+from tutelage.train.step import NameOf, check_norm, step_gradients
+from tutelage.train.trackers import Tracker, open_trackers
+
+Measure = Callable[[Any, int], Measurement | None]
+"""`measure(model, steps_done)`: what the model scores now, or None where there is nothing to say at this step."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop and did, between two steps, with a checkpoint written; `signal_number` says by what."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+@dataclass(frozen=True)
+class Watch:
+    """When to measure (None = a quarter of the run) and what follows from it; names and meanings are the recipe's `evaluate`."""
+
+    every_steps: int | None = None
+    stop_after: int | None = None
+    min_gain: float = 0.0
+    keep_best: bool = True
+
+    @classmethod
+    def of(cls, section: Mapping[str, Json]) -> Watch:
+        """The part of a recipe section that the loop needs; other keys are for those who measure."""
+        return cls(**{field.name: section[field.name] for field in dataclasses.fields(cls)})
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be done: the recipe's `train`, the peak learning rate, when to measure, and what numbers stand for."""
+
+    spec: TrainSpec
+    learning_rate: float
+    names: Names
+    watch: Watch = Watch()
+    name_of: NameOf | None = None
+    run: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: `position` after the last step, and the step whose weights the model now holds."""
+
+    position: Position
+    final_step: int
+    num_steps: int
+    num_trained_weights: int
+
+
+def train(
+    model: Any,
+    batches: Sequence[Batch],
+    task: Task,
+    *,
+    folder: Path,
+    measure: Measure | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """How the run ended; `model` then holds the final weights (the best by held-out loss, or the last).
+
+    `batches[i]` is optimizer step i. Logs and checkpoints go to `folder`; a folder with checkpoints of this same run is
+    gone on from, to the bit on a CPU with the same number of threads. Ctrl-C and SIGTERM finish the step, write a
+    checkpoint and raise `Stopped`; a second one ends the process at once. The caller's random state is left as it was.
+
+    Raises `TrainError` when numbers are not finite, a step has no weight, or the checkpoints are of another run.
+    """
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _asked_to_stop() as asked:
+        torch.manual_seed(task.spec.seed)
+        run = _Run(model, batches, task, folder=folder, progress=progress or Silent())
+        try:
+            run.go_on()
+            return run.finish(measure, asked)
+        finally:
+            run.close()
+
+
+class _Run:
+    """A run between its first step and its last: weights, position and logs that belong together."""
+
+    def __init__(self, model: Any, batches: Sequence[Batch], task: Task, *, folder: Path, progress: Progress) -> None:
+        self.model, self.batches, self.task, self.progress = model, batches, task, progress
+        self.device = next(model.parameters()).device
+        self.optimizer = Optimizer(model, task.spec)
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = Checkpoints(folder / "checkpoints", keep=task.spec.keep_checkpoints, progress=progress)
+        self.position = Position()
+        self.saved: Position | None = None
+        self.num_steps = len(batches)
+        tenth, quarter = math.ceil(self.num_steps / 10), math.ceil(self.num_steps / 4)
+        self.save_every = task.spec.checkpoint_every_steps or max(1, tenth)
+        self.measure_every = task.watch.every_steps or max(1, quarter)
+        self.recent: deque[StepReport] = deque(maxlen=10)
+        self.trackers: list[Tracker] = []
+
+    def go_on(self) -> None:
+        """Nothing; weights, position and logs are those of the newest whole checkpoint, or of a fresh start."""
+        snapshot = self.checkpoints.latest()
+        if snapshot is not None:
+            self.position = snapshot.position
+            self.saved = self.position
+            self.optimizer.restore(dict(snapshot.weights), dict(snapshot.optimizer))
+            set_random_state(snapshot.random, self.device)
+        self.events = EventLog(self.folder / "events.jsonl", self.position.events_bytes)
+        self.steps = StepLog(self.folder / "steps.parquet", self.position.step)
+        self.measurements = MeasureLog(self.folder, self.position.measured_step)
+        self.trackers = open_trackers(
+            self.task.spec.trackers, self.folder / "trackers", run=self.task.run, next_step=self.position.step
+        )
+        if snapshot is not None:
+            self.progress.note(f"going on from the checkpoint after step {self.position.step} of {self.num_steps}")
+        self.events.add("start" if snapshot is None else "resume", step=self.position.step, num_steps=self.num_steps)
+
+    def finish(self, measure: Measure | None, asked: list[int]) -> Result:
+        """How the run ended. Between steps, in this order: measure, save, stop."""
+        self.model.train()
+        self.progress.start("train", total=self.num_steps, unit="step")
+        self.progress.advance(self.position.step)
+        while True:
+            if measure is not None and self._is_measuring_due():
+                self._measure(measure)
+            if self._is_saving_due():
+                self._save()
+            if self._is_over():
+                break
+            self._stop_if(asked)
+            self._step()
+            self._stop_if(asked)
+        return self._choose()
+
+    def close(self) -> None:
+        """Nothing; files are closed and the model's gradients work as before."""
+        self.optimizer.close()
+        for tracker in self.trackers:
+            tracker.close()
+        if hasattr(self, "events"):
+            self.events.close()
+
+    def _is_over(self) -> bool:
+        return self.position.is_stopped or self.position.step == self.num_steps
+
+    def _is_measuring_due(self) -> bool:
+        step = self.position.step
+        is_due = step % self.measure_every == 0 or step == self.num_steps
+        return is_due and not self.position.is_stopped and self.position.measured_step != step
+
+    def _is_saving_due(self) -> bool:
+        step = self.position.step
+        is_due = self._is_over() or (step > 0 and step % self.save_every == 0) or self.position.best_step == step
+        return is_due and self.saved != self.position
+
+    def _step(self) -> None:
+        """Nothing; takes one optimizer step and writes it down."""
+        started = time.perf_counter()
+        step, spec = self.position.step, self.task.spec
+        batch = self.batches[step]
+        self.optimizer.zero()
+        flat, nll_N = step_gradients(self.model, batch, micro_batch_rows=spec.micro_batch_rows, name_of=self.task.name_of)
+        norm = self.optimizer.clip()
+        check_norm(norm, batch, self.task.name_of)
+        rate = learning_rate_at(step, num_steps=self.num_steps, peak=self.task.learning_rate, schedule=spec.schedule)
+        self.optimizer.step(rate)
+        sums = tally(flat, nll_N, self.task.names)
+        report = StepReport(
+            step=step,
+            loss=sums.loss,
+            by_task=sums.by_task,
+            by_source=sums.by_source,
+            by_kind=sums.by_kind,
+            grad_norm=norm,
+            learning_rate=rate,
+            seconds=time.perf_counter() - started,
+            real_tokens=batch.real_tokens,
+            slots=int(batch.inputs.size),
+        )
+        self._write_down(report)
+
+    def _write_down(self, report: StepReport) -> None:
+        """Nothing; the step is behind us: position, logs, trackers and the bar say so."""
+        self.position = dataclasses.replace(
+            self.position,
+            step=report.step + 1,
+            real_tokens=self.position.real_tokens + report.real_tokens,
+            train_seconds=self.position.train_seconds + report.seconds,
+        )
+        self.steps.add(report)
+        self.events.add(
+            "step", step=report.step, loss=report.loss.mean, grad_norm=report.grad_norm, learning_rate=report.learning_rate
+        )
+        for tracker in self.trackers:
+            tracker.add(report.step, scalars(report))
+        self.recent.append(report)
+        self.progress.advance(1, self._pace().text)
+
+    def _pace(self) -> Pace:
+        seconds = sum(report.seconds for report in self.recent)
+        tokens = sum(report.real_tokens for report in self.recent)
+        left = (self.num_steps - self.position.step) * seconds / len(self.recent)
+        return Pace(self.recent[-1].loss.mean, tokens / max(seconds, 1e-9), left)
+
+    def _measure(self, measure: Measure) -> None:
+        """Nothing; measures, in eval mode and with random states put back, and decides what is best and whether to stop."""
+        started = time.perf_counter()
+        states = random_state(self.device)
+        self.optimizer.zero()
+        self.model.eval()
+        with torch.no_grad():
+            found = measure(self.model, self.position.step)
+        self.model.train()
+        set_random_state(states, self.device)
+        seconds = self.position.measure_seconds + time.perf_counter() - started
+        self.position = dataclasses.replace(self.position, measured_step=self.position.step, measure_seconds=seconds)
+        if found is not None:
+            self._judge(found)
+
+    def _judge(self, found: Measurement) -> None:
+        step, best, watch = self.position.step, self.position.best_loss, self.task.watch
+        is_better = math.isfinite(found.loss) and (best is None or found.loss < best - watch.min_gain)
+        if is_better:
+            self.position = dataclasses.replace(self.position, best_step=step, best_loss=found.loss, num_without_gain=0)
+        else:
+            num = self.position.num_without_gain + 1
+            is_stopped = watch.stop_after is not None and num >= watch.stop_after
+            self.position = dataclasses.replace(self.position, num_without_gain=num, is_stopped=is_stopped)
+        self.measurements.add(found, step)
+        loss = found.loss if math.isfinite(found.loss) else None
+        self.events.add("measure", step=step, loss=loss, is_best=is_better)
+        for tracker in self.trackers:
+            tracker.add(step, held_out_scalars(found))
+        self.progress.note(f"held-out loss after step {step}: {found.loss:.4f}{' (best)' if is_better else ''}")
+        if self.position.is_stopped:
+            self.events.add("early_stop", step=step, best_step=self.position.best_step)
+            self.progress.note(
+                f"stopping after step {step} of {self.num_steps}: {watch.stop_after} measurements without a better one"
+            )
+
+    def _save(self) -> None:
+        """Nothing; a checkpoint of this moment, and logs that reach exactly as far."""
+        self.steps.flush()
+        self.measurements.flush()
+        self.events.add("checkpoint", step=self.position.step)
+        self.position = dataclasses.replace(self.position, events_bytes=self.events.sync())
+        weights, memory = self.optimizer.weights, self.optimizer.memory()
+        self.checkpoints.save(Snapshot(self.position, weights, memory, random_state(self.device)))
+        self.saved = self.position
+
+    def _stop_if(self, asked: list[int]) -> None:
+        """Nothing; raises `Stopped`, with everything so far on disk, when a signal has come."""
+        if not asked:
+            return
+        if self.saved != self.position:
+            self._save()
+        raise Stopped(
+            f"stopped after step {self.position.step} of {self.num_steps}; everything so far is kept. "
+            "The same command goes on from here: `tutelage run RECIPE`",
+            asked[0],
+        )
+
+    def _choose(self) -> Result:
+        """How the run ended, after putting the chosen weights into the model."""
+        step, best = self.position.step, self.position.best_step
+        final = best if self.task.watch.keep_best and best is not None else step
+        if final != step:
+            self.optimizer.restore(dict(self.checkpoints.load(final).weights))
+        if final == 0 and step > 0:
+            self.progress.note("the held-out loss never fell below that of the starting model, which is therefore kept")
+        self.optimizer.zero()
+        self.model.eval()
+        return Result(self.position, final, self.num_steps, self.optimizer.num_weights)
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """A list that gets the number of the first SIGINT or SIGTERM; the second is handled as if we were not here."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # Python hands signals to the main thread alone
+        yield asked
+        return
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        for other, handler in before.items():
+            signal.signal(other, handler)
+
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

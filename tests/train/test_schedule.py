@@ -1,0 +1,64 @@
+"""Learning rates are exact where people check them: at the start, at the peak, at the end."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tutelage.train.schedule import learning_rate_at, num_warmup_steps
+from tutelage.train.spec import Constant, Cosine, Linear
+
+SHAPES = st.sampled_from([Cosine, Linear])
+SHARES = st.floats(0.0, 1.0)
+
+
+def rates(schedule: Any, num_steps: int, peak: float = 2e-4) -> list[float]:
+    return [learning_rate_at(s, num_steps=num_steps, peak=peak, schedule=schedule) for s in range(num_steps)]
+
+
+def test_cosine_has_its_golden_values() -> None:
+    """Kills a cosine that ends at 0, or one that counts warmup into the fall. Values by hand from the formula."""
+    found = rates(Cosine(warmup_share=0.25, floor_ratio=0.1), 9, peak=1.0)  # 3 warmup steps, then 5 steps of fall
+    falls = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 5)) for k in range(6)]
+    assert found == pytest.approx([0.25, 0.5, 0.75, *falls], abs=1e-15)
+    assert found[3] == 1.0 and found[-1] == 0.1
+
+
+def test_linear_has_its_golden_values() -> None:
+    """Kills a fall that reaches the floor one step after the last."""
+    found = rates(Linear(warmup_share=0.0, floor_ratio=0.0), 5, peak=8.0)
+    assert found == [8.0, 6.0, 4.0, 2.0, 0.0]
+
+
+def test_constant_warms_up_and_stays() -> None:
+    """Kills a warmup that starts at 0 and wastes the first step."""
+    assert rates(Constant(warmup_share=0.5), 4, peak=3.0) == [1.0, 2.0, 3.0, 3.0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(SHAPES, SHARES, SHARES, st.integers(1, 200), st.floats(1e-6, 1.0))
+def test_the_peak_and_the_floor_are_reached_to_the_bit(
+    shape: Any, warmup_share: float, floor_ratio: float, num_steps: int, peak: float
+) -> None:
+    """Kills rounding that leaves the last rate beside the floor, and rates that rise again after the peak."""
+    found = rates(shape(warmup_share=warmup_share, floor_ratio=floor_ratio), num_steps, peak)
+    top = num_warmup_steps(num_steps, warmup_share)
+    assert found[top] == peak
+    if top < num_steps - 1:
+        assert found[-1] == peak * floor_ratio
+    assert all(a < b for a, b in pairwise(found[: top + 1]))
+    assert all(a >= b - 1e-15 for a, b in pairwise(found[top:]))
+    assert found[0] > 0 or (top == 0 and num_steps == 1)
+
+
+@pytest.mark.parametrize(
+    ("share", "num_steps", "expected"), [(0.03, 100, 3), (0.07, 100, 7), (0.03, 10, 1), (1.0, 5, 4), (0.5, 1, 0)]
+)
+def test_warmup_steps_are_the_share_rounded_up(share: float, num_steps: int, expected: int) -> None:
+    """Kills `ceil(0.07 * 100) = 8`, which is what floats say."""
+    assert num_warmup_steps(num_steps, share) == expected
