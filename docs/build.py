@@ -1,4 +1,4 @@
-"""Writes what is generated: docs/recipe.md, its JSON Schema, and the map in the README. `--check` says whether all is up to date."""
+"""Writes the generated pages: docs/recipe.md, its JSON Schema, the README's map. `--check` says whether they are up to date."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ every mistake is listed at once with file and line, and scalars follow YAML 1.2 
 
 * `--set mix.rates.temperature=3` overrides a value on the command line; lists are indexed, `curate.rules.0.length...`.
 * `from: base.yaml` takes everything that this file does not say from a base recipe (one level).
-* Where a section has a `kind`, it can be written `equal`, `{temperature: {temperature: 3}}` or `{kind: temperature, temperature: 3}`.
+* A section that has a `kind` can be written `equal`, `{length: {...}}` or `{kind: temperature, temperature: 3}`.
 * Relative paths start at the recipe's own folder.
 * `tutelage check RECIPE --resolved` prints every value with its origin; the same text is kept beside each run.
 * Editors complete recipes with `# yaml-language-server: $schema=recipe.schema.json` as the first line.
@@ -85,7 +85,7 @@ def _choices(value: dict[str, Any]) -> str:
 def _default(value: dict[str, Any]) -> str:
     default = value["default"]
     if isinstance(default, dict):
-        return default["kind"] if "kind" in default else "see below"
+        return default.get("kind", "see below")
     if isinstance(default, list) and default and isinstance(default[0], dict):
         return "[" + ", ".join(entry["kind"] for entry in default) + "]"
     return json.dumps(default)

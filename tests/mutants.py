@@ -479,9 +479,6 @@ _QUIETLY = ("-p", "no:cacheprovider", "-q", "-x", "--tb=no", "-rfE", "-W", "igno
 
 def run_mutants(names: Sequence[str]) -> dict[str, list[str]]:
     """The tests that fail per mutant ("" = none planted, all named tests). Forks after the imports, which cost the most."""
-    import hypothesis.strategies  # noqa: F401
-    import pyarrow.parquet  # noqa: F401
-
     for mutant in MUTANTS:
         importlib.import_module(mutant.target.partition(":")[0])
     return {name: _run_forked(name) for name in names}

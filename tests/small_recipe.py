@@ -69,7 +69,15 @@ BAD_LINES: tuple[tuple[bytes, str], ...] = (
     (b'{"question": "a", "answer": "b", "x": ' + b"[" * 3000 + b"]" * 3000 + b"}", "deep nesting"),
 )
 BAD_CHATS: tuple[tuple[object, str], ...] = (
-    ([{"role": "system", "content": "s"}, {"role": "system", "content": "t"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "two system turns"),
+    (
+        [
+            {"role": "system", "content": "s"},
+            {"role": "system", "content": "t"},
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+        ],
+        "two system turns",
+    ),
     ([{"role": "narrator", "content": "a"}, {"role": "assistant", "content": "b"}], "unknown role"),
     ([{"role": "user", "content": "a"}], "no answer"),
     ([{"role": "user", "content": "a"}, {"role": "assistant", "content": None}], "wrong type"),

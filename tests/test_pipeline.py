@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_recipe import BAD_CHATS, BAD_LINES, write_small
 
+from small_recipe import BAD_CHATS, BAD_LINES, write_small
 from tutelage import explain, load_recipe, run
 from tutelage.errors import DataError
 from tutelage.pipeline import Run
@@ -67,7 +67,13 @@ def test_running_again_builds_nothing(whole: tuple[Path, Run]) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["mix.rates.temperature=5", "loss=instruction_modelling", "curate.rules.1.length.max_response_words=20", "split.seed=3", "mix.max_visits=1"],
+    [
+        "mix.rates.temperature=5",
+        "loss=instruction_modelling",
+        "curate.rules.1.length.max_response_words=20",
+        "split.seed=3",
+        "mix.max_visits=1",
+    ],
 )
 def test_mixture_loss_threshold_and_split_render_nothing_again(whole: tuple[Path, Run], override: str) -> None:
     """Kills a rendering whose key holds policy: peers tokenise again for each of these."""
@@ -106,9 +112,15 @@ def test_planted_malformed_records_are_all_listed_and_the_rest_trains(tmp_path: 
     assert len(planted) == 37
     file = load_recipe(recipe, overrides=["intake.max_bad_share=0.5", "evaluate.samples=0", "mix.epochs=1"])
     done = run(file, store=tmp_path / "store", runs=tmp_path / "runs")
-    found = {(d.file, d.line) for label in ("read sums", "read words") for d in read_dropped(done.artefacts[label].file("dropped.parquet"))}
+    found = {
+        (d.file, d.line)
+        for label in ("read sums", "read words")
+        for d in read_dropped(done.artefacts[label].file("dropped.parquet"))
+    }
     assert found == planted
-    reasons = {d.reason for label in ("read sums", "read words") for d in read_dropped(done.artefacts[label].file("dropped.parquet"))}
+    reasons = {
+        d.reason for label in ("read sums", "read words") for d in read_dropped(done.artefacts[label].file("dropped.parquet"))
+    }
     assert len(reasons) >= 12
     assert done.artefacts["train"].facts["steps_done"] > 0
 
@@ -161,7 +173,19 @@ def test_held_out_loss_is_measured_before_and_after_on_the_same_records(whole: t
 
 
 def command(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    arguments = [sys.executable, "-m", "tutelage", "run", "small.yaml", "--quiet", "--json", "--store", "store2", "--runs", "runs2"]
+    arguments = [
+        sys.executable,
+        "-m",
+        "tutelage",
+        "run",
+        "small.yaml",
+        "--quiet",
+        "--json",
+        "--store",
+        "store2",
+        "--runs",
+        "runs2",
+    ]
     return subprocess.run(arguments, cwd=folder, env=os.environ | THREADS | env, capture_output=True, text=True, check=False)
 
 

@@ -88,9 +88,9 @@ def test_every_test_says_which_wrong_program_it_kills() -> None:
     """Kills a test without a purpose."""
     silent = []
     for path in (ROOT / "tests").rglob("test_*.py"):
-        for name, body in re.findall(r"^def (test_\w+)\(.*?\) -> None:\n(.*?)(?=^\S|\Z)", path.read_text(), re.MULTILINE | re.DOTALL):
+        for name, body in re.findall(
+            r"^def (test_\w+)\(.*?\) -> None:\n(.*?)(?=^\S|\Z)", path.read_text(), re.MULTILINE | re.DOTALL
+        ):
             if '"""' not in body.split("\n", 1)[0]:
                 silent.append(f"{path.name}::{name}")
     assert not silent
-
-

@@ -145,7 +145,9 @@ names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,8}", fullmatch=True)
 
 @settings(max_examples=40, deadline=None)
 @given(name=names, weight=st.floats(0, 10), licence=st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size=12))
-def test_any_recipe_survives_being_resolved(tmp_path_factory: pytest.TempPathFactory, name: str, weight: float, licence: str) -> None:
+def test_any_recipe_survives_being_resolved(
+    tmp_path_factory: pytest.TempPathFactory, name: str, weight: float, licence: str
+) -> None:
     """Kills a writer that does not quote what would be read as something else (`no`, `1e5`, `# ...`)."""
     folder = tmp_path_factory.mktemp("r")
     (folder / "d.jsonl").write_text("{}\n")

@@ -37,7 +37,7 @@ def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
 
 def test_quoted_scalars_stay_text() -> None:
     """Kills a reader that resolves the text of quoted scalars."""
-    assert parse_value("\"1\"") == "1"
+    assert parse_value('"1"') == "1"
     assert parse_value("'true'") == "true"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tutelage.model.spec import Lora
 from tutelage.records import NO_TARGET, Batch, Document, Kind, Sample, Score
 
 TASKS = ("maths", "chat", "code")
@@ -107,7 +108,7 @@ def run_tiny(folder: Path, num_steps: int, *, measure: Any = None, progress: Any
 
     watch = {name: changes.pop(name) for name in list(changes) if name in Watch.__dataclass_fields__}
     spec = TrainSpec(**({"checkpoint_every_steps": 2, "micro_batch_rows": 2, "seed": 5} | changes))
-    model = add_adapter(tiny_llama(), rank=4, alpha=8.0, dropout=0.1, seed=5)
+    model = add_adapter(tiny_llama(), Lora(rank=4, alpha=8.0, dropout=0.1), seed=5)
     task = Task(spec, 1e-2, Names(TASKS, SOURCES), watch=Watch(**watch))
     return train(model, make_batches(num_steps), task, folder=folder, measure=measure, progress=progress), model
 

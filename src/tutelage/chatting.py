@@ -49,7 +49,9 @@ def answer(session: Session, text: str) -> Iterator[str]:
     from tutelage.model import stream
 
     asked = [*session.messages, {"role": "user", "content": text}]
-    prompt = session.tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    prompt = session.tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
     pieces: list[str] = []
     for piece in stream(
         session.model,

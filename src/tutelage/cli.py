@@ -115,11 +115,9 @@ def new(
 @app.command()
 def check(
     recipe: Annotated[Path | None, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE", show_default=False)] = None,
-    overrides: SetOption = [],  # noqa: B006
+    overrides: SetOption = [],
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
-    resolved: Annotated[
-        bool, typer.Option("--resolved", help="Print every value with its origin.")
-    ] = False,
+    resolved: Annotated[bool, typer.Option("--resolved", help="Print every value with its origin.")] = False,
 ) -> None:
     """Read a recipe strictly and list every mistake at once; nothing is run."""
     from tutelage.recipe import json_schema, resolved_text
@@ -139,7 +137,7 @@ def explain(
     recipe: RecipeArgument,
     overrides: SetOption = [],
     store: StoreOption = _STORE,
-    as_json: JsonOption = False,  # noqa: B006
+    as_json: JsonOption = False,
 ) -> None:
     """Say for every stage whether the store has it, and if not, what changed."""
     from tutelage import pipeline
@@ -155,7 +153,7 @@ def explain(
 @app.command()
 def look(
     recipe: RecipeArgument,
-    overrides: SetOption = [],  # noqa: B006
+    overrides: SetOption = [],
     task: Annotated[str | None, typer.Option(help="Only this task.")] = None,
     source: Annotated[str | None, typer.Option(help="Only this source.")] = None,
     search: Annotated[str | None, typer.Option(help="Only examples whose text contains this.")] = None,
@@ -182,7 +180,7 @@ def look(
 @app.command()
 def run(
     recipe: RecipeArgument,
-    overrides: SetOption = [],  # noqa: B006
+    overrides: SetOption = [],
     until: Annotated[str, typer.Option(help="Stop after: sources, curate, render, plan, train, eval, report.")] = "report",
     store: StoreOption = _STORE,
     runs: RunsOption = _RUNS,
@@ -196,7 +194,7 @@ def run(
 def _verb(until: str, summary: str) -> Callable[..., None]:
     def command(
         recipe: RecipeArgument,
-        overrides: SetOption = [],  # noqa: B006
+        overrides: SetOption = [],
         store: StoreOption = _STORE,
         runs: RunsOption = _RUNS,
         as_json: JsonOption = False,
@@ -248,7 +246,7 @@ def chat(
 
 @app.command()
 def gc(
-    keep: Annotated[list[Path], typer.Option("--keep", help="A recipe whose stages stay. Repeatable.")] = [],  # noqa: B006
+    keep: Annotated[list[Path], typer.Option("--keep", help="A recipe whose stages stay. Repeatable.")] = [],
     store: StoreOption = _STORE,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
     as_json: JsonOption = False,

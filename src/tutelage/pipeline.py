@@ -19,7 +19,16 @@ from typing import Any
 
 from tutelage.curate.stage import copies_stage, rewrite_stage, screen_stage
 from tutelage.errors import TutelageError
-from tutelage.evaluate.stage import HeldOutInputs, MeasureInputs, held_out_stage, measure_stage, open_measure, open_shards
+from tutelage.evaluate.spec import EvaluateSpec
+from tutelage.evaluate.stage import (
+    HeldOutInputs,
+    MeasureInputs,
+    held_out_stage,
+    measure_stage,
+    open_measure,
+    open_shards,
+    recorded,
+)
 from tutelage.model.stage import model_stage, tokenizer_stage
 from tutelage.plan.batch import Batches
 from tutelage.plan.spec import LossRule
@@ -174,8 +183,8 @@ def _add_training(recipe: Recipe, groups: _Groups, add: Callable[[Stage], Stage]
     measured = MeasureInputs(groups.model, groups.tokenizer, held_out, groups.renders, groups.rerenders)
     on: dict[str, Any] = {"spec": recipe.evaluate, "device": recipe.train.device, "dtype": recipe.train.dtype}
     before = add(measure_stage(measured, **on))
-    making = Making(_batches, lambda artefacts: open_measure(artefacts, spec=recipe.evaluate, run="during"))
-    boxes = TrainInputs(groups.model, groups.tokenizer, plan, groups.shards, held_out)
+    making = Making(_batches, lambda artefacts: _measure(artefacts, recipe.evaluate))
+    boxes = TrainInputs(groups.model, groups.tokenizer, plan, groups.shards, held_out, before)
     train = add(train_stage(boxes, model_spec=recipe.model, spec=recipe.train, evaluate=recipe.evaluate, making=making))
     add(measure_stage(measured, **on, trained=train, before=before))
 
@@ -183,6 +192,13 @@ def _add_training(recipe: Recipe, groups: _Groups, add: Callable[[Stage], Stage]
 def weigher(loss: LossRule) -> Callable[[Rendered], Float32]:
     """The loss weight of each token of an example, f32 (T,), under a recipe's rule."""
     return lambda example: weigh_tokens(example.kinds, loss=loss, turns=example.turns, turn_weights=example.turn_weights)
+
+
+def _measure(artefacts: Mapping[str, Artefact], spec: EvaluateSpec) -> Callable[[Any, int], Any]:
+    """What training calls; at step 0 the model is still the one that `before` measured."""
+    measure = open_measure(artefacts, spec=spec, run="during")
+    first = recorded(artefacts["before"], run="during")
+    return lambda model, step: first if step == 0 else measure(model, step)
 
 
 def _batches(artefacts: Mapping[str, Artefact]) -> Sequence[Batch]:

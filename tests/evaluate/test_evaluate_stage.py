@@ -18,6 +18,7 @@ from tutelage.evaluate.spec import EvaluateSpec
 from tutelage.evaluate.stage import HeldOutInputs, MeasureInputs, held_out_stage, measure_stage
 from tutelage.model.load import add_adapter, load_model
 from tutelage.model.save import save_model
+from tutelage.model.spec import Lora
 from tutelage.records import Conversation, Dropped, Origin, Rendered, Verdict
 from tutelage.store import Artefact, Counts, Json, Outcome, Progress, Stage, Store
 from tutelage.tables import (
@@ -176,7 +177,7 @@ def trained_box(measuring: MeasureInputs, store: Store, *, kind: str) -> Stage:
         source = produce(store, measuring.model).facts["folder"]
         model: Any = load_model(source)
         if kind == "lora":
-            model = add_adapter(model, rank=4, alpha=8.0)
+            model = add_adapter(model, Lora(rank=4, alpha=8.0))
         model.train()
         ids = torch.from_numpy(chat("question 9", "answer 9").ids.astype("int64"))[None]
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

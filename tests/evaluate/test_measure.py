@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from toy import IM_END, tiny_llama, tiny_model, toy_tokenizer
 from tutelage.evaluate.measure import Measure, batches, evaluate_model, keeps_documents_apart, sum_nll, undisturbed
 from tutelage.model.load import add_adapter
+from tutelage.model.spec import Lora
 from tutelage.records import Kind, Rendered
 
 EXAMPLES = [
@@ -117,7 +118,7 @@ def test_examples_without_targets_have_no_score(model: Any) -> None:
 @pytest.fixture
 def in_training() -> Iterator[Any]:
     """A model with dropout in the midst of training: gradients there, one part frozen in eval mode."""
-    model = add_adapter(tiny_llama(dtype=torch.float32), rank=2, alpha=4.0, dropout=0.5)
+    model = add_adapter(tiny_llama(dtype=torch.float32), Lora(rank=2, alpha=4.0, dropout=0.5))
     model.train()
     model.get_base_model().model.norm.eval()
     hidden = model(input_ids=torch.tensor([[1, 2, 3]])).logits

@@ -12,6 +12,7 @@ from tutelage.model import attention, isolation
 from tutelage.model.isolation import isolation_probe, logits_of, require_isolation
 from tutelage.model.load import add_adapter, checkpoint_activations
 from tutelage.model.loss import head_of, hidden_states
+from tutelage.model.spec import Lora
 
 KINDS = ["llama", "qwen2", "qwen3", "gemma2", "mistral", "gpt_neox", "gpt2"]
 
@@ -92,7 +93,7 @@ def test_gradient_checkpointing_recomputes_with_the_documents_still_apart() -> N
     ids, lengths = torch.arange(20)[None] + 3, [6, 9, 5]
     gradients = []
     for is_checkpointed in (False, True):
-        model = add_adapter(tiny_llama(), rank=2, alpha=4.0, seed=3).train()
+        model = add_adapter(tiny_llama(), Lora(rank=2, alpha=4.0), seed=3).train()
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.constant_(parameter, 0.05)
@@ -107,7 +108,7 @@ def test_gradient_checkpointing_recomputes_with_the_documents_still_apart() -> N
 
 def test_an_adapted_model_keeps_documents_apart() -> None:
     """Kills: a wrapper around the model through which the lengths do not reach the layers."""
-    model = add_adapter(tiny_llama(), rank=2, alpha=4.0)
+    model = add_adapter(tiny_llama(), Lora(rank=2, alpha=4.0))
     assert require_isolation(model) < 1e-6
 
 

@@ -17,12 +17,13 @@ from tutelage.model import bundled, names
 from tutelage.model.load import add_adapter, choose_dtype, load_model, load_tokenizer
 from tutelage.model.names import describe, resolve
 from tutelage.model.save import merge_and_save, save_model, with_pad
+from tutelage.model.spec import Lora
 
 IDS = torch.tensor([[72, 101, 108, 108, 111]])
 
 
 def trained_adapter(folder: Path, *, seed: int = 0):
-    model = add_adapter(load_model(folder), rank=3, alpha=6.0, seed=seed)
+    model = add_adapter(load_model(folder), Lora(rank=3, alpha=6.0), seed=seed)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.constant_(parameter, 0.03)
@@ -121,7 +122,7 @@ def test_the_same_seed_gives_the_same_adapter_whatever_was_drawn_before(tiny_fol
         torch.manual_seed(drawn)
         torch.rand(drawn)
         before = torch.get_rng_state()
-        model = add_adapter(load_model(tiny_folder), rank=2, alpha=4.0, seed=seed)
+        model = add_adapter(load_model(tiny_folder), Lora(rank=2, alpha=4.0), seed=seed)
         assert torch.equal(torch.get_rng_state(), before)
         starts.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
     assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
@@ -133,7 +134,7 @@ def test_a_fresh_adapter_changes_no_logit_and_trains_in_float32_over_bfloat16(ti
     """Kills: adapters in bfloat16, whose small updates are rounded away; a start that is not zero."""
     base = load_model(tiny_folder, dtype="bfloat16")
     want = base(IDS).logits
-    model = add_adapter(base, rank=2, alpha=4.0)
+    model = add_adapter(base, Lora(rank=2, alpha=4.0))
     assert torch.equal(model(IDS).logits, want) and want.dtype == torch.bfloat16
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert {p.dtype for p in trainable} == {torch.float32}
@@ -142,12 +143,12 @@ def test_a_fresh_adapter_changes_no_logit_and_trains_in_float32_over_bfloat16(ti
 
 def test_named_targets_get_adapters_and_unknown_ones_are_refused(tiny_folder: Path) -> None:
     """Kills: a misspelt target that leaves the model as good as frozen."""
-    model = add_adapter(load_model(tiny_folder), rank=2, alpha=4.0, targets=["q_proj"])
+    model = add_adapter(load_model(tiny_folder), Lora(rank=2, alpha=4.0, targets=["q_proj"]))
     assert {n.split(".")[-4] for n, p in model.named_parameters() if p.requires_grad} == {"q_proj"}
     with pytest.raises(ModelError, match="did you mean `v_proj`"):
-        add_adapter(load_model(tiny_folder), rank=2, alpha=4.0, targets=["q_proj", "v_prj"])
+        add_adapter(load_model(tiny_folder), Lora(rank=2, alpha=4.0, targets=["q_proj", "v_prj"]))
     with pytest.raises(ModelError, match="output layer"):
-        add_adapter(load_model(tiny_folder), rank=2, alpha=4.0, targets=["lm_head"])
+        add_adapter(load_model(tiny_folder), Lora(rank=2, alpha=4.0, targets=["lm_head"]))
 
 
 def test_the_dtype_is_measured_and_says_why() -> None:

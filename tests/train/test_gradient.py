@@ -13,6 +13,7 @@ from tiny_training import Doc, make_batch, make_docs
 from toy import tiny_llama, tiny_model
 from tutelage.errors import TrainError
 from tutelage.model import add_adapter
+from tutelage.model.spec import Lora
 from tutelage.records import Batch
 from tutelage.train.optimizer import Optimizer
 from tutelage.train.spec import TrainSpec
@@ -78,7 +79,7 @@ def test_gradient_is_the_same_for_other_architectures(kind: str, tolerance: floa
 
 def test_adapters_get_the_same_gradient_for_every_cut() -> None:
     """Kills a path where a frozen base hides passes from the adapter."""
-    model = add_adapter(tiny_llama(), rank=4, alpha=8.0, seed=1)
+    model = add_adapter(tiny_llama(), Lora(rank=4, alpha=8.0), seed=1)
     with torch.no_grad():  # away from the start, where half of the gradient is zero
         for p in model.parameters():
             if p.requires_grad:

@@ -308,7 +308,7 @@ def open_measure(
 
 
 def recorded(before: Artefact, *, run: str) -> Measurement:
-    """What a finished `measure` artefact found, as the measurement of an untouched model by `run`: step 0 needs no second look."""
+    """What a finished `measure` artefact found, as a measurement by `run`: the untouched model needs no second look."""
     from tutelage.evaluate.measure import Measurement
 
     scores = [dataclasses.replace(score, run=run) for score in read_scores(before.file("scores.parquet"))]

@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -17,6 +18,7 @@ from tutelage.errors import MissingExtra, ModelError, did_you_mean
 from tutelage.model.attention import ATTENTION_NAME, install_attention
 from tutelage.model.loss import unwrapped
 from tutelage.model.names import base_folder
+from tutelage.model.spec import Lora
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -63,34 +65,48 @@ def _load_adapter(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-def add_adapter(
-    model: PreTrainedModel,
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float = 0.0,
-    targets: Literal["all_linear"] | Sequence[str] = "all_linear",
-    seed: int = 0,
-) -> Any:
+def add_adapter(model: PreTrainedModel, lora: Lora, *, seed: int = 0) -> Any:
     """`model` inside a peft LoRA wrapper: base frozen, adapters float32 and trainable, the update scaled by alpha / rank.
 
     The start depends on `seed` alone and the caller's random state is left as it was. The update starts at zero, so
     the logits are unchanged. Adapters are float32 over a narrower base too: at usual learning rates an update is below
-    what bfloat16 can add to a weight. Raises `ModelError` when a target names no module, or the output layer.
+    what bfloat16 can add to a weight. Raises `ModelError` when a target names no module, or the output layer, or when
+    there are fewer layers than `top_layers`.
     """
     peft = _import_peft()
-    if targets != "all_linear":
-        _require_targets(model, targets)
+    if lora.targets != "all_linear":
+        _require_targets(model, lora.targets)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules="all-linear" if targets == "all_linear" else list(targets),
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=_target_names(model, lora),
+        layers_to_transform=_top_layers(model, lora.top_layers),
     )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), _without_peft_warning():
         torch.manual_seed(seed)
         return peft.get_peft_model(model, config, autocast_adapter_dtype=True)
+
+
+def _target_names(model: PreTrainedModel, lora: Lora) -> str | list[str]:
+    if lora.targets != "all_linear":
+        return list(lora.targets)
+    if lora.top_layers is None:
+        return "all-linear"
+    head = model.get_output_embeddings()
+    linear = (torch.nn.Linear, Conv1D)
+    return sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, linear) and m is not head})
+
+
+def _top_layers(model: PreTrainedModel, number: int | None) -> list[int] | None:
+    """The numbers of the last so many layers; None for all."""
+    if number is None:
+        return None
+    total = int(model.config.get_text_config().num_hidden_layers)
+    if number > total:
+        raise ModelError(f"model.adapter.top_layers: {number}, but the model has {total} layers; leave it out for all")
+    return list(range(total - number, total))
 
 
 def checkpoint_activations(model: Any) -> None:

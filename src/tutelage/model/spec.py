@@ -27,6 +27,8 @@ class Lora(Spec):
     """Dropout on the adapter's input."""
     targets: Literal["all_linear"] | Many[str] = "all_linear"
     """Which modules get an adapter: every linear layer but the head, or names."""
+    top_layers: int | None = Field(default=None, ge=1)
+    """Adapters on the last so many layers only: the layers below then need no backward pass and keep no activations."""
 
 
 class ModelSpec(Spec):

@@ -176,7 +176,7 @@ def _intervals(changes: Sequence[Change]) -> Chart:
 def _altair() -> ModuleType:
     try:
         import altair
-        import vl_convert  # noqa: F401  (altair finds it by name when it saves)
+        import vl_convert  # noqa: F401
     except ImportError as error:
         raise MissingExtra("altair", "report") from error
     module: ModuleType = altair

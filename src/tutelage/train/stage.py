@@ -36,18 +36,23 @@ WITHOUT_EFFECT = ("trackers", "keep_checkpoints", "checkpoint_every_steps")
 
 @dataclass(frozen=True)
 class TrainInputs:
-    """The boxes that training reads. `shards` are the rendered sets by "render NAME" and "rerender NAME"."""
+    """The boxes that training reads. `shards` are the rendered sets by "render NAME" and "rerender NAME".
+
+    `before` measured the untouched model: its device and precision become training's, so that their losses compare.
+    """
 
     model: Stage
     tokenizer: Stage
     plan: Stage
     shards: Mapping[str, Stage]
     held_out: Stage
+    before: Stage | None = None
 
     def by_name(self) -> dict[str, Stage]:
         """All of them under the names that `build` finds them by."""
         named = {"model": self.model, "tokenizer": self.tokenizer, "plan": self.plan, "held_out": self.held_out}
-        return named | dict(self.shards)
+        measured = {"before": self.before} if self.before is not None else {}
+        return named | measured | dict(self.shards)
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class _Training:
             setup: dict[str, Json] = json.loads(path.read_text())
             _require_device(setup["device"], path)
         else:
-            setup = _decide(self.spec)
+            setup = _decide(self.spec, self.artefacts.get("before"))
             write_atomic(path, json.dumps(setup, indent=1, sort_keys=True).encode())
         self.progress.note(f"training on {setup['device']} in {setup['dtype']} ({setup['dtype_reason']})")
         return setup
@@ -130,8 +135,8 @@ class _Training:
         match self.model_spec.adapter:
             case Full():
                 return model
-            case Lora(rank=rank, alpha=alpha, dropout=dropout, targets=targets):
-                return add_adapter(model, rank=rank, alpha=alpha, dropout=dropout, targets=targets, seed=self.spec.seed)
+            case Lora() as lora:
+                return add_adapter(model, lora, seed=self.spec.seed)
 
     def _task(self, evaluate: Spec) -> Any:
         from tutelage.train.loop import Task, Watch
@@ -166,7 +171,10 @@ class _Training:
         folder = self.folder / "model"
         if folder.exists():
             shutil.rmtree(folder)
-        save_model(model, folder, tokenizer=load_tokenizer(self.artefacts["tokenizer"].path), stop_ids=stop_ids)
+        # An absolute path: peft opens it from wherever the adapter is loaded.
+        base = Path(str(self.artefacts["model"].facts.get("folder", self.artefacts["model"].path))).resolve()
+        tokenizer = load_tokenizer(self.artefacts["tokenizer"].path)
+        save_model(model, folder, tokenizer=tokenizer, stop_ids=stop_ids, base=base)
         return stop_ids
 
     def _outcome(self, result: Result, setup: Mapping[str, Json]) -> Outcome:
@@ -211,20 +219,18 @@ class _Training:
         return Counts(planned.num_rows, int(is_met.sum()), {"early_stopping": len(dropped)} if dropped else {})
 
 
-def _decide(spec: TrainSpec) -> dict[str, Json]:
+def _decide(spec: TrainSpec, before: Artefact | None) -> dict[str, Json]:
     """Device, dtype with the reason, and number of threads, for this machine."""
     import torch
 
     from tutelage.model import choose_device, choose_dtype
 
+    threads = {"num_threads": spec.num_threads or torch.get_num_threads()}
+    if before is not None:
+        return {name: before.facts[name] for name in ("device", "dtype", "dtype_reason")} | threads
     device = choose_device() if spec.device == "auto" else spec.device
     dtype, reason = choose_dtype(device) if spec.dtype == "auto" else (spec.dtype, "as the recipe says")
-    return {
-        "device": device,
-        "dtype": dtype,
-        "dtype_reason": reason,
-        "num_threads": spec.num_threads or torch.get_num_threads(),
-    }
+    return {"device": device, "dtype": dtype, "dtype_reason": reason, **threads}
 
 
 def _require_device(device: str, path: Path) -> None:
