@@ -13,7 +13,7 @@ NOUNS = ("fox", "river", "house", "letter", "garden", "window", "engine", "penci
 
 RECIPE = """\
 name: small
-model: {name: model, adapter: {kind: lora, rank: 4, alpha: 8}}
+model: {name: "MODEL", adapter: {kind: lora, rank: 4, alpha: 8}}
 sources:
   sums: {path: sums.jsonl, task: sums, licence: MIT}
   words: {path: "words*.jsonl", task: words, licence: Apache-2.0}
@@ -30,7 +30,7 @@ report: {num_examples: 3}
 """
 
 
-def write_small(folder: Path, *, num_records: int = 60) -> Path:
+def write_small(folder: Path, *, num_records: int = 60, model: str | None = None) -> Path:
     """The recipe's path; data, model and recipe are written into `folder`, the same bytes every time."""
     draw = random.Random(0)
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def write_small(folder: Path, *, num_records: int = 60) -> Path:
     if not (folder / "model").exists():
         save_tiny(folder / "model")
     path = folder / "small.yaml"
-    path.write_text(RECIPE)
+    path.write_text(RECIPE.replace("MODEL", str(model or folder / "model")))
     return path
 
 

@@ -138,8 +138,8 @@ def build_pipeline(file: RecipeFile, *, store: Store) -> Pipeline:
         screens[name] = add(screen_stage(reads[name], rewrite=rewrites.get(name), rules=recipe.curate.rules))
     split = add(split_stage(reads, spec=recipe.split))
     copies = add(copies_stage(reads, rewrites=rewrites, screens=screens, split=split, spec=recipe.curate))
-    model = add(model_stage(recipe.model.name, store=store))
-    tokenizer = add(tokenizer_stage(recipe.model.name, model=model, store=store))
+    model = add(model_stage(file.model_name, store=store))
+    tokenizer = add(tokenizer_stage(file.model_name, model=model, store=store))
     renders, rerenders = _render_boxes(file, reads, rewrites, tokenizer, store)
     for stage in [*renders.values(), *rerenders.values()]:
         add(stage)

@@ -77,6 +77,12 @@ class RecipeFile:
         """The folder of the recipe file."""
         return self.path.parent
 
+    @property
+    def model_name(self) -> str:
+        """`model.name`, a folder below the recipe's own made a path that can be opened from anywhere."""
+        name = self.recipe.model.name
+        return str(self.folder / name) if (self.folder / name).is_dir() else name
+
 
 @dataclass
 class _Draft:
@@ -232,7 +238,11 @@ def _override(draft: _Draft, text: str) -> None:
 def _step_into(target: Any, step: str | int, *, here: strict_yaml.Path, then: str | int) -> Any:
     """The container below `target[step]`, made when absent; None when a plain value stands there."""
     if isinstance(target, list):
-        return target[step] if isinstance(step, int) and step < len(target) else None
+        if not isinstance(step, int) or step >= len(target):
+            return None
+        if isinstance(target[step], str) and target[step] == then:  # `strip_boilerplate` given keys of its own
+            target[step] = {then: {}}
+        return target[step] if isinstance(target[step], dict | list) else None
     child = target.get(step)
     if here in BY_KIND_PATHS:
         child = kind_first(child) if child is not None else _default_kind(here, then)
@@ -267,6 +277,8 @@ def _move_paths(values: dict[str, Any], old: Path, new: Path) -> None:
     def move(path: str) -> str:
         return path if "://" in path or Path(path).is_absolute() else os.path.relpath(old / path, new)
 
+    if (old / values["model"]["name"]).is_dir():
+        values["model"]["name"] = move(values["model"]["name"])
     for source in values["sources"].values():
         if source["path"] is not None:
             source["path"] = move(source["path"])

@@ -96,7 +96,7 @@ def write_recipe(data: Path, *, out: Path) -> list[str]:
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", data.name.split(".")[0]).strip("-") or "data"
     found = f"{data.name}: {look.num_records:,} records, {look.num_multi_turn:,} of them multi-turn"
     found += f"; {look.num_bad:,} malformed ones will be set aside" if look.num_bad else ""
-    out.write_text(_fill(look, name=name, found=found, path=os.path.relpath(data, out.parent or Path())), encoding="utf-8")
+    out.write_text(_fill(look, name=name, found=found, path=os.path.relpath(str(data), str(out.parent))), encoding="utf-8")
     return [found, f"shape: {look.shape} ({look.why})", f"wrote {out}; next: tutelage plan {out}"]
 
 

@@ -92,13 +92,13 @@ def choose_subset(records: Sequence[Candidate], *, max_tokens: int | None, seed:
     """Positions (ascending) of the records to measure: together at most `max_tokens` tokens, at least one of each task.
 
     Each task's records stand in an order of their own, by digest of (seed, item), and a front part of it is taken: adding
-    a record to the data moves no other. The budget is shared over tasks by size in tokens, and the task that is furthest
-    below its share goes next. A task stops at the first record that does not fit (jumping over it would favour short
-    records), and passes its share by at most one record.
+    a record to the data moves no other. The budget is shared equally over tasks (a small budget should tell something of
+    every task): the one with the fewest tokens so far goes next, so what a task without more records leaves goes to the
+    others. A task stops at the first record that does not fit: jumping over it would favour short records.
 
     >>> records = [Candidate(f"{task}{i}", task, 10) for task, n in (("chat", 6), ("maths", 2)) for i in range(n)]
     >>> [records[i].item for i in choose_subset(records, max_tokens=45, seed=0)]
-    ['chat2', 'chat4', 'chat5', 'maths0']
+    ['chat4', 'chat5', 'maths0', 'maths1']
 
     Raises `PlanError`, naming the least budget that would do, when one record of each task is already too much.
     """
@@ -106,16 +106,14 @@ def choose_subset(records: Sequence[Candidate], *, max_tokens: int | None, seed:
     if max_tokens is None or total <= max_tokens:
         return list(range(len(records)))
     queues = _seeded_queues(records, seed=seed)
-    sizes = {task: sum(records[i].num_tokens for i in queue) for task, queue in queues.items()}
     chosen = _one_of_each(records, queues, max_tokens=max_tokens)
     taken = {task: records[i].num_tokens for task, i in chosen.items()}
     subset = list(chosen.values())
     waiting = {task: iter([i for i in queue if i != chosen[task]]) for task, queue in queues.items()}
     while waiting:
-        # A share of the budget is sizes[task] * max_tokens / total: multiplied out, the comparison is exact.
-        missing, task = max((sizes[task] * max_tokens - taken[task] * total, task) for task in waiting)
+        task = min(waiting, key=lambda name: (taken[name], name))
         index = next(waiting[task], None)
-        if missing <= 0 or index is None or sum(taken.values()) + records[index].num_tokens > max_tokens:
+        if index is None or sum(taken.values()) + records[index].num_tokens > max_tokens:
             del waiting[task]
             continue
         taken[task] += records[index].num_tokens

@@ -17,7 +17,7 @@ class EvaluateSpec(Spec):
     min_gain: float = Field(default=0.0, ge=0.0)
     """A held-out loss counts as better when it is lower by more than this, in nats per token."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Held-out tokens measured, shared out over tasks by their held-out size; all when left out."""
+    """Held-out tokens measured, shared equally over tasks (what a small task leaves goes to the others); all when left out."""
     samples: int = Field(default=8, ge=0)
     """Generations on fixed held-out prompts at each measurement."""
     max_new_tokens: int = Field(default=96, ge=1)

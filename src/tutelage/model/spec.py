@@ -35,6 +35,6 @@ class ModelSpec(Spec):
     """The model to start from and how it is adapted."""
 
     name: str = "bundled:smollm2-135m"
-    """`bundled:smollm2-135m`, a folder, or a hub id."""
+    """`bundled:smollm2-135m`, a folder (relative paths start at the recipe's), or a hub id."""
     adapter: Annotated[Annotated[Full | Lora, Field(discriminator="kind")], ByKind] = Lora()
     """`full`, or `lora` with its numbers."""

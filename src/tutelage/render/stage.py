@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tutelage.render.examples import Renderer
 from tutelage.render.provenance import Refusal
 from tutelage.render.spec import RenderSpec
 from tutelage.render.template import read_template
-from tutelage.render.tokenizer import open_tokenizer
+from tutelage.render.tokenizer import OpenTokenizer, open_tokenizer
 from tutelage.render.tokens import BATCH_TEXTS
 from tutelage.store import Artefact, Counts, Outcome, Progress, Stage, Store
 from tutelage.tables import (
@@ -59,7 +60,7 @@ def render_stage(read: Stage, *, tokenizer: Stage, spec: RenderSpec, base: Path,
 
     def build(folder: Path, inputs: Mapping[str, Artefact], progress: Progress) -> Outcome:
         records = Conversations.read(inputs["read"].path, read.slot)
-        job = _Job(folder, read.slot, Renderer(open_tokenizer(inputs["tokenizer"].path), spec, template=template), progress)
+        job = _Job(folder, read.slot, Renderer(_opened(inputs["tokenizer"].path), spec, template=template), progress)
         progress.start(f"render {read.slot}", len(records), "records")
         job.run(enumerate(records))
         job.require_some_template()
@@ -86,7 +87,7 @@ def rerender_stage(read: Stage, *, rewrite: Stage, tokenizer: Stage, spec: Rende
             by_row.setdefault(edit.row, []).append(edit)
         rows = sorted(by_row)
         records = Conversations.read(inputs["read"].path, read.slot).take(rows)
-        job = _Job(folder, read.slot, Renderer(open_tokenizer(inputs["tokenizer"].path), spec, template=template), progress)
+        job = _Job(folder, read.slot, Renderer(_opened(inputs["tokenizer"].path), spec, template=template), progress)
         progress.start(f"render rewritten {read.slot}", len(rows), "records")
         job.run((row, apply_rewrites(record, by_row[row])) for row, record in zip(rows, records, strict=True))
         return job.finish()
@@ -106,6 +107,12 @@ def _ingredients(spec: RenderSpec, template: str | None) -> dict[str, Any]:
     """The recipe's slice; a template file counts by its text, not by its path."""
     text = "model" if template is None else hashlib.blake2b(template.encode(), digest_size=16).hexdigest()
     return {"render": {**spec.canonical(), "template": text}}
+
+
+@lru_cache(maxsize=2)
+def _opened(folder: Path) -> OpenTokenizer:
+    """The tokenizer of an artefact, which never changes: parsing it takes longer than rendering a small source."""
+    return open_tokenizer(folder)
 
 
 @dataclass
