@@ -33,7 +33,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from hashlib import md5
-from importlib import metadata
+from importlib import import_module, metadata, util
 from itertools import count, islice
 from pathlib import Path
 from statistics import median
@@ -117,7 +117,6 @@ def make_job(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What every process is told; the conversations lie in `folder`, one `{"messages": [...]}` per line."""
     tokenizer = tokenizer_folder(options.model)
     lines = [json.dumps({"messages": turns}) + "\n" for turns in islice(conversations(options.data), options.rows)]
-    random.Random(0).shuffle(lines)
     (folder / "conversations.jsonl").write_text("".join(lines), encoding="utf-8")
     size_bytes = (folder / "conversations.jsonl").stat().st_size
     print(f"{len(lines):,} conversations, {size_bytes / 1e6:.1f} MB; tokenizer of {options.model}; {CAPACITY:,} slots a row\n")
@@ -145,10 +144,11 @@ def tokenizer_folder(name: str) -> Path:
 
 
 def conversations(pattern: str) -> Iterator[list[dict[str, str]]]:
-    """The records of the files, over and over; every message of the second, third, ... time ends in " (2)", " (3)", ..."""
+    """The records of the files in one mixed order, over and over; each message of the second, third, ... time ends in " (2)", " (3)", ..."""
     first = [turns for path in sorted(glob.glob(pattern)) for turns in plain_turns(Path(path))]
     if not first:
         raise SystemExit(f"--data {pattern}: no conversations there; give a glob of JSONL files")
+    random.Random(0).shuffle(first)
     for lap in count(1):
         for turns in first:
             yield [{**turn, "content": f"{turn['content']} ({lap})"} for turn in turns] if lap > 1 else turns
@@ -230,8 +230,10 @@ def prepare_with_tutelage(job: dict[str, Any], folder: Path) -> tuple[dict[str, 
     import yaml
 
     import tutelage
+    import tutelage.pipeline
     from tutelage.evaluate.stage import open_shards
     from tutelage.plan.batch import Batches
+    from tutelage.tables import read_table
 
     recipe = {
         "name": "prepare",
@@ -242,12 +244,16 @@ def prepare_with_tutelage(job: dict[str, Any], folder: Path) -> tuple[dict[str, 
         "render": {"max_tokens": CAPACITY, "overlong": "drop"},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for name in ("numba", "pandas"):  # else imported on the way, where there; TRL has long imported what it needs
+        if util.find_spec(name):
+            import_module(name)
     with Meter() as meter:
         file = tutelage.load_recipe(folder / "recipe.yaml")
         run = tutelage.run(file, until="plan", store=folder / "store", runs=folder / "runs")
     plan = run.artefacts["plan"]
-    tokens, slots = plan.facts["real_tokens"], plan.facts["num_rows"] * CAPACITY
-    result = meter.as_json() | {"num_tokens": tokens, "packing_efficiency": tokens / slots}
+    num_rows = len(set(read_table(plan.file("placements.parquet"))["row"].to_pylist()))  # the last step's empty rows aside
+    tokens = plan.facts["real_tokens"]
+    result = meter.as_json() | {"num_tokens": tokens, "packing_efficiency": tokens / (num_rows * CAPACITY)}
     result["stages"] = {label: artefact.manifest["seconds"] for label, artefact in run.artefacts.items()}
     result["dropped"] = plan.manifest["counts"]["dropped"]
     return result, planned_documents(Batches(plan.path, open_shards(run.artefacts)))
@@ -322,8 +328,8 @@ def report(result: dict[str, Any], options: argparse.Namespace) -> int:
         print(f"{side}: " + ", ".join(f"{name} {number}" for name, number in sides[side][0]["versions"].items()))
     same = result["equal"]
     is_equal = same["same_trained"] == same["tutelage"]
-    print(f"documents: {same['tutelage']:,} from tutelage, {same['trl']:,} from TRL; {same['same_ids']:,} have the same ids, ", end="")
-    print(f"{same['same_trained']:,} of them the same trained tokens")
+    print(f"documents: {same['tutelage']:,} from tutelage, {same['trl']:,} from TRL; {same['same_ids']:,} have equal ids,", end=" ")
+    print(f"{same['same_trained']:,} equal trained tokens too")
     ratios = [b["seconds"] / a["seconds"] for a, b in zip(sides["tutelage"], sides["trl"], strict=True)]
     result["ratio"] = ratio = median(b["seconds"] for b in sides["trl"]) / median(a["seconds"] for a in sides["tutelage"])
     if options.json:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from tutelage.render.overlong import first_fitting, shorter_versions
 from tutelage.render.provenance import Message, Refusal, trace
 from tutelage.render.spec import RenderSpec
 from tutelage.render.template import ChatTemplate, choose_template
-from tutelage.render.tokenizer import OpenTokenizer
+from tutelage.render.tokenizer import OpenTokenizer, open_tokenizer
 from tutelage.render.tokens import BATCH_TEXTS, Encoded, Encoder, Labelled, cells_in_bytes, label
 
 _MUST_HAVE_TOKENS = np.isin(np.arange(len(Kind)), [Kind.STOP, *LEARNED_KINDS])
@@ -255,11 +256,16 @@ def _flat_cells(laid: Sequence[_Laid], encoded: Encoded) -> _FlatCells:
 def render_conversations(
     conversations: Iterable[Conversation],
     *,
-    tokenizer: OpenTokenizer,
+    tokenizer: OpenTokenizer | Path | str,
     spec: RenderSpec | None = None,
     template: str | None = None,
 ) -> Iterator[Rendered | Refusal]:
-    """One `Rendered` (or the `Refusal` that says why not) for each conversation, in order, a bounded batch at a time."""
+    """One `Rendered` (or the `Refusal` that says why not) for each conversation, in order, a bounded batch at a time.
+
+    `tokenizer` is a folder that `AutoTokenizer` loads, or one already opened; `template` a chat template's text instead of
+    the tokenizer's own.
+    """
+    tokenizer = tokenizer if isinstance(tokenizer, OpenTokenizer) else open_tokenizer(Path(tokenizer))
     renderer = Renderer(tokenizer, spec or RenderSpec(), template=template)
     source = iter(conversations)
     while batch := list(islice(source, BATCH_TEXTS)):
