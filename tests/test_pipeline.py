@@ -161,6 +161,16 @@ def test_a_finished_run_leaves_what_people_open(whole: tuple[Path, Run]) -> None
     assert "epochs: 2.0  # small.yaml:" in (left / "recipe.yaml").read_text()
 
 
+def test_planning_again_leaves_the_folder_of_a_finished_run_alone(whole: tuple[Path, Run]) -> None:
+    """Kills a run folder with the recipe of one run and the model of another."""
+    folder, _ = whole
+    left = folder / "runs" / "small"
+    before = {path.name: path.read_bytes() for path in left.iterdir() if path.is_file()}
+    file = load_recipe(folder / "small.yaml", overrides=["mix.rates=equal"])
+    run(file, until="plan", store=folder / "store", runs=folder / "runs")
+    assert {path.name: path.read_bytes() for path in left.iterdir() if path.is_file()} == before
+
+
 def test_held_out_loss_is_measured_before_and_after_on_the_same_records(whole: tuple[Path, Run]) -> None:
     """Kills a comparison of two different subsets."""
     _, done = whole
@@ -190,12 +200,27 @@ def command(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 POINTS = (
+    "build:read",
     "commit:read:manifest",
+    "build:rewrite",
+    "build:screen",
+    "build:split",
+    "build:copies",
+    "build:model",
+    "build:tokenizer",
+    "build:render",
     "commit:render:start",
+    "build:rerender",
     "build:plan",
+    "commit:plan:renamed",
+    "build:held_out",
+    "build:measure",
+    "build:train",
     "checkpoint:write",
     "commit:train:manifest",
+    "build:report",
 )
+"""In the order that a run reaches them: a kill in every stage, five of them inside commits."""
 
 
 @pytest.mark.slow
@@ -208,5 +233,12 @@ def test_a_run_killed_again_and_again_ends_bit_identical(whole: tuple[Path, Run]
     ended = command(folder)
     assert ended.returncode == 0, ended.stderr
     assert weights_digest(folder / "runs2/small/model") == weights_digest(whole[0] / "runs/small/model")
-    plans = [next((root / "plan").iterdir()) / "placements.parquet" for root in (folder / "store2", whole[0] / "store")]
-    assert read_table(plans[0]).equals(read_table(plans[1]))
+    left, right = (plan_of(folder, "2"), plan_of(whole[0], ""))
+    assert left.name == right.name
+    assert read_table(left / "placements.parquet").equals(read_table(right / "placements.parquet"))
+
+
+def plan_of(folder: Path, suffix: str) -> Path:
+    record = json.loads((folder / f"runs{suffix}" / "small" / "run.json").read_text())
+    (key,) = [key for key, label in record["artefacts"].items() if label == "plan"]
+    return folder / f"store{suffix}" / key

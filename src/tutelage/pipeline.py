@@ -280,6 +280,10 @@ def _publish(pipeline: Pipeline, artefacts: Mapping[str, Artefact], folder: Path
     """
     keys = {f"{a.stage}/{a.key}": label for label, a in artefacts.items()}
     record = folder / "run.json"
+    if "train" not in artefacts and (folder / "model").exists():  # what is there is of one finished run, and stays so
+        finished = json.loads(record.read_text())["artefacts"] if record.exists() else {}
+        pipeline.store.remember_run(folder, finished | keys)
+        return
     text = json.dumps({"recipe": str(pipeline.file.path), "artefacts": keys}, indent=1)
     if record.exists() and record.read_text() == text:
         return

@@ -72,5 +72,5 @@ def run_summary(artefacts: Mapping[str, Artefact], *, folder: Path) -> Summary:
         changes=gather.changes(artefacts.get("measure before"), artefacts.get("measure after"), trained=trained),
         plan_facts=plan.facts if plan is not None else {},
         num_built=sum(not artefact.is_hit for artefact in artefacts.values()),
-        files=tuple(path for name in ("report.html", "model") if (path := folder / name).exists()),
+        files=tuple(folder / name for label, name in (("report", "report.html"), ("train", "model")) if label in artefacts),
     )
