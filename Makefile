@@ -34,7 +34,7 @@ first-run: install
 	$(BIN)/tutelage run recipes/first.yaml
 
 test: install-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install-dev
 	$(BIN)/ruff check src tests benchmarks docs
