@@ -50,7 +50,7 @@ def test_the_map_in_the_readme_names_every_module_once() -> None:
     """Kills a map that a new file is not added to, or that names a file which is gone."""
     text = (ROOT / "README.md").read_text()
     section = text.split("## The map")[1].split("\n## ")[0]
-    mapped = re.findall(r"^ *([\w/]+\.(?:py|j2|css|js)) ", section, re.MULTILINE)
+    mapped = re.findall(r"^ *([\w/.]+\.(?:py|j2|css|js)) ", section, re.MULTILINE)
     files = (ROOT / "src/tutelage").rglob("*")
     real = [p.relative_to(ROOT / "src/tutelage").as_posix() for p in files if p.suffix in (".py", ".j2", ".css", ".js")]
     real = [name for name in real if not name.endswith("__init__.py")]
