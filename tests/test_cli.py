@@ -36,6 +36,7 @@ def test_run_prints_the_verdict_by_task_and_where_to_look(done: tuple[Path, subp
     assert "Held-out loss before and after" in run.stdout
     for word in ("sums", "words", "hidden", "runs/small/report.html", "runs/small/model"):
         assert word in run.stdout
+    assert "shape prompt_completion" in run.stderr and "shape messages" in run.stderr, "what `shape: auto` decided is said"
     assert "held-out loss after step" in run.stderr and "held-out loss after step" not in run.stdout
 
 

@@ -253,6 +253,8 @@ def _produce(pipeline: Pipeline, label: str, done: Mapping[str, Artefact], progr
     inputs = {name: done[pipeline._label_of(upstream)] for name, upstream in stage.inputs.items()}
     artefact = pipeline.store.produce(stage, inputs, progress)
     if stage.name == "read":
+        for line in () if artefact.is_hit else read_notes({label: artefact}):
+            progress.note(line)
         check_bad_share(artefact, pipeline.file.recipe.intake)
     return artefact
 
