@@ -43,6 +43,18 @@ LEARNED_KINDS = (Kind.ASSISTANT, Kind.REASONING, Kind.TOOL_CALL, Kind.STOP)
 ROLES = ("system", "user", "assistant", "tool")
 
 
+class Flag(enum.IntFlag):
+    """What happened to an example on its way, beside the account of those that were dropped."""
+
+    FORGED = 1  # a message spells a special token; it was encoded as ordinary text (or let through, by `allow`)
+    TRUNCATED = 2  # whole oldest exchanges were cut off to make it fit
+    SYSTEM_HIDDEN = 4  # the template leaves the system turn out
+    TURN_HIDDEN = 8  # the template leaves out a turn that the model would read
+    WINDOW = 16  # one of several windows of a record that was too long
+    EXPANDED = 32  # one of several examples of a record, each with the history that inference shows
+    REWRITTEN = 64  # the template shows a learned turn with other text than the record's (trimmed, say)
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One message. `tool_calls` is canonical JSON text (a list), `weight` the learn weight from the data or None.

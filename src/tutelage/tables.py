@@ -78,6 +78,7 @@ EXAMPLES = pa.schema(
         ("num_tokens", pa.int32()),
         ("num_turns", pa.int32()),
         ("num_learned_tokens", pa.int32()),
+        ("flags", pa.int32()),  # records.Flag
     ]
 )
 PLANNED = pa.schema(  # line i is example i of the plan

@@ -79,6 +79,7 @@ def rendering(examples: dict[int, Rendered], dropped: list[Dropped]) -> Write:
                 "num_tokens": len(e.ids),
                 "num_turns": len(e.turn_weights),
                 "num_learned_tokens": 1,
+                "flags": 0,
             }
             for row, e in examples.items()
         ]

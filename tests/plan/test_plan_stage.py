@@ -55,6 +55,7 @@ def rendering(name: str, slot: str, examples: Examples, tasks: Sequence[str], dr
             "num_tokens": [len(e.ids) for e in examples.values()],
             "num_turns": [len(e.turn_weights) for e in examples.values()],
             "num_learned_tokens": [1] * len(examples),
+            "flags": [0] * len(examples),
         }
         RenderedSet.write(folder, pa.table(columns, schema=EXAMPLES), list(examples.values()))
         write_records(folder / "dropped.parquet", DROPPED, dropped)

@@ -120,6 +120,7 @@ def _write_set(folder: Path, source: str, rows: list[int]) -> None:
         "num_tokens": [len(r.ids) for r in rendered],
         "num_turns": [2] * len(rows),
         "num_learned_tokens": learned,
+        "flags": [0] * len(learned),
     }
     tables.RenderedSet.write(folder, pa.table(columns, schema=tables.EXAMPLES), rendered)
 

@@ -146,6 +146,7 @@ class _Job:
             "num_tokens": [len(r.ids) for _, _, r in made],
             "num_turns": [len(r.turn_weights) for _, _, r in made],
             "num_learned_tokens": num_learned,
+            "flags": [0] * len(made),
         }
         plain = {
             name: pa.array(values, pa.string() if name == "task" else EXAMPLES.field(name).type) for name, values in lines.items()
