@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: install install-dev first-run test lint format bench docs clean
+.PHONY: install install-dev first-run test lint format bench templates docs clean
 
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev
@@ -51,6 +51,10 @@ docs: install-dev
 
 bench: install-dev
 	$(BIN)/python benchmarks/prepare.py --quick
+
+# TEMPLATES="--templates FILE.jsonl.zst --tokenizers FOLDER" sweeps a file of templates too
+templates: install-dev
+	$(BIN)/python benchmarks/templates.py --check $(TEMPLATES)
 
 clean:
 	rm -rf $(VENV) .tutelage runs

@@ -1,62 +1,61 @@
-"""Preparation of the same conversations, from JSONL to packed rows on disk: tutelage beside TRL.
+"""Preparation of the same conversations, from JSONL to tokens on disk: tutelage beside TRL, axolotl and LLaMA-Factory.
 
-    python benchmarks/prepare.py             # 20,000 conversations, three rounds
+    python benchmarks/prepare.py             # the demonstration's conversations with SmolLM2's tokenizer, three rounds
     python benchmarks/prepare.py --quick     # under a minute, once TRL's environment is there
-    python benchmarks/prepare.py --check     # fails below the bar, or when the sides do not come to the same tokens
+    python benchmarks/prepare.py --check     # fails below a bar, or when the sides do not come to the same tokens
+    python benchmarks/prepare.py --data "sft/*.jsonl.zst" "chat/*.jsonl.zst" --tokenizers FOLDER --million --check
 
-    conversations.jsonl --run(until="plan"), empty store----------> documents --\
-                        --SFTTrainer's preparation, empty caches--> documents ---> equal ids, equal trained tokens?
+    conversations.jsonl --run(until="render"), then "plan"----------> documents --\
+                        --SFTTrainer's preparation, empty caches----> documents ---> equal ids, equal trained tokens?
+                        --axolotl's and LLaMA-Factory's preparation-> documents --/
 
-Every measurement is a process of its own, and the sides take turns. Seconds run from opening the JSONL to the last file on
-disk; imports and the making of the trainer are left out. TRL gets a process per core, `assistant_only_loss` and bfd packing,
-in an environment of its own below `.peers`. It has no counterpart of cleaning and held-out split: both are off in the
-comparison, and one measurement with the demonstration's rules, exact and near duplicates is printed as `curated`.
+Every measurement is a process of its own, and the sides take turns. Both sides read the same files through the same chat
+template, which has the `{% generation %}` marks that TRL needs; that its texts are those of the tokenizer's own is checked.
+The clock runs from opening the JSONL to the last file on disk; imports, loading TRL's tokenizer and making its trainer stand
+outside, as do copying the model and the tokenizer into our store. Opening our tokenizer and proving its engine count.
+
+    rendered     read and render here; tokens and trained marks there (TRL without the packing, which is timed apart)
+    packed       all the way to packed rows on disk; axolotl packs later, while it trains
+    floor        `tokenizers.encode_batch_fast` on ready texts, and nothing else
+    one-by-one   ours with its two threads one after the other: what is spent outside the tokenizer, nothing hidden behind it
+
+Peers have no counterpart of cleaning and held-out split: both are off, but for one measurement named `curated`.
 """
 
 from __future__ import annotations
 
 import argparse
-import glob
-import gzip
 import json
 import os
 import platform
-import random
-import resource
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from hashlib import md5
-from importlib import import_module, util
-from itertools import count, islice
+from importlib import import_module, metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-PEERS = HERE / ".peers"
-PEER = (["torch==2.13.0"], ["trl==1.16.0", "datasets==5.2.0", "transformers==5.23.0"])
-"""Installed one after the other: with torch first and alone, pip does not choose another build of it."""
+sys.path.insert(0, str(HERE))
+
+from peer_environments import PACKAGES, make_peer, python_of  # noqa: E402
+from peer_meter import machine, num_cores, tree_bytes  # noqa: E402
+
 DEMONSTRATION = HERE.parent / "recipes" / "data" / "*.jsonl*"
 CAPACITY = 2048
-BAR = 3.5
-"""Rows per second over TRL's, with SmolLM2's tokenizer, for which no faster exact engine is known."""
-SIDES = ("tutelage", "trl")
-OURS = ("tutelage", "tokenizers", "numpy", "pyarrow")
-THEIRS = ("trl", "transformers", "datasets", "tokenizers", "torch", "numpy", "pyarrow")
-RULES = ["strip_boilerplate", {"length": {"max_response_words": 600}}, {"repetition": {"max_share": 0.3}}, "refusal"]
-PLAIN = {"rules": [], "near_duplicates": None, "exact_duplicates": "keep"}
-CURATED = {"rules": RULES, "near_duplicates": {"threshold": 0.8}}
-UNMARKED = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-MARKED = (
-    "{{'<|im_start|>' + message['role'] + '\n'}}{% set text = message['content'] + '<|im_end|>' %}{% if message['role'] == "
-    "'assistant' %}{% generation %}{{ text }}{% endgeneration %}{% else %}{{ text }}{% endif %}{{ '\n' }}"
-)
-"""What TRL needs and SmolLM2's template lacks: marks around what the assistant writes. The text stays the same."""
+BARS = {"qwen3": 25.0, "llama3": 25.0, "smollm2": 3.5}
+"""Rendered rows per second over TRL's. Of SmolLM2's tokenizer the plain engine has to reach it."""
+OUTSIDE_BAR = 1.5
+"""Seconds per 100,000 conversations that may pass outside the tokenizer."""
+MILLION_BAR = 1e9
+OURS, PEER = ("tutelage", "tokenizers", "one-by-one", "curated", "floor", "million"), tuple(PACKAGES)
+IN_TURNS = ("tutelage", "trl", "tokenizers", "floor", "one-by-one")
+MULTI_TURN = ("tutelage", "trl")
+NUMBERED = ("seconds", "cpu_seconds", "packed_seconds", "packed_cpu_seconds", "peak_bytes", "packing_efficiency", "num_tokens")
 
 
 def main() -> int:
@@ -64,297 +63,269 @@ def main() -> int:
     if options.side:
         run_side(options.side, Path(options.folder))
         return 0
-    make_peer()
-    result: dict[str, Any] = {"machine": machine(), "options": vars(options)}
-    print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
+    missing = {peer: make_peer(peer) for peer in (("trl",) if options.quick else PEER)}
+    if missing["trl"]:
+        raise SystemExit(f"TRL cannot be installed: {missing['trl']}")
+    result: dict[str, Any] = {"machine": machine(), "options": vars(options), "missing": missing}
+    print(", ".join(f"{name} {value}" for name, value in result["machine"].items()), flush=True)
     with tempfile.TemporaryDirectory(prefix="prepare-") as folder:
-        job = make_job(options, Path(folder))
-        result["runs"] = [measure(side, n, job) for n in range(options.rounds) for side in SIDES]
-        result["runs"].append(measure("curated", 0, job))
-        result["documents"] = compare(Path(folder))
+        result["sets"] = measure_all(options, missing, Path(folder))
     return report(result, options)
 
 
 def read_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Preparation of the same conversations: tutelage beside TRL.")
-    parser.add_argument("--data", metavar="GLOB", default=str(DEMONSTRATION), help="JSONL files of any shape, .gz too")
-    parser.add_argument("--rows", type=int, help="conversations; fewer are repeated with suffixes (20,000; quick 3,000)")
-    parser.add_argument("--model", metavar="FOLDER_OR_NAME", default="bundled:smollm2-135m", help="tokenizer and template")
+    parser = argparse.ArgumentParser(description="Preparation of the same conversations: tutelage beside its peers.")
+    parser.add_argument("--data", metavar="GLOB", nargs="+", help="JSONL files of any shape, .gz and .zst too")
+    parser.add_argument("--rows", type=int, help="conversations of each kind (all of --data; else 20,000, quick 3,000)")
+    parser.add_argument("--tokenizers", metavar="FOLDER", help="with qwen3, llama3, smollm2 in it (else SmolLM2's alone)")
     parser.add_argument("--rounds", type=int, help="measurements per side (3; quick 2)")
-    parser.add_argument("--processes", type=int, default=num_cores(), help="of TRL (one per core)")
-    parser.add_argument("--quick", action="store_true", help="under a minute")
+    parser.add_argument("--peer-rows", type=int, default=10_000, help="conversations that axolotl and LLaMA-Factory get (10,000)")
+    parser.add_argument("--processes", type=int, default=num_cores(), help="of each peer (one per core)")
+    parser.add_argument("--million", action="store_true", help="a million records in one process, for its memory")
+    parser.add_argument("--quick", action="store_true", help="under a minute: fewer rows and rounds, TRL alone")
     parser.add_argument("--json", metavar="FILE", help="writes everything that was measured")
-    parser.add_argument("--check", action="store_true", help=f"exit code 1 below {BAR} times TRL's rows/s")
+    parser.add_argument("--check", action="store_true", help="exit code 1 below a bar (brings --million, but for --quick)")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.rows = options.rows or (3_000 if options.quick else 20_000)
+    if options.rows is None and (options.quick or not options.data):
+        options.rows = 3_000 if options.quick else 20_000
+    options.data = options.data or [str(DEMONSTRATION)]
     options.rounds = options.rounds or (2 if options.quick else 3)
+    options.million |= options.check and not options.quick
     return options
-
-
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {"cpu": cpu, "cores": num_cores(), "GiB": round(memory), "system": platform.platform(), "load": os.getloadavg()[0]}
-
-
-def make_peer() -> None:
-    folder, wanted = PEERS / "trl", json.dumps(PEER)
-    if (folder / "installed").is_file() and (folder / "installed").read_text() == wanted:
-        return
-    print(f"making TRL's environment in {folder}, once: 1.5 GB, some minutes", flush=True)
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    for packages in PEER:
-        subprocess.run([str(folder / "bin/python"), "-m", "pip", "install", "--quiet", *packages], check=True)
-    (folder / "installed").write_text(wanted)
-
-
-# ---- the job
-
-
-def make_job(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What every measuring process is told; the conversations lie in `folder`, one `{"messages": [...]}` per line."""
-    file, tokenizer = folder / "conversations.jsonl", tokenizer_folder(options.model)
-    turns = islice(conversations(options.data), options.rows)
-    file.write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns), encoding="utf-8")
-    print(f"{options.rows:,} conversations, {file.stat().st_size / 1e6:.1f} MB; {options.model}; {CAPACITY:,} slots a row\n")
-    return {"file": str(file), "tokenizer": str(tokenizer), "rows": options.rows, "processes": options.processes}
-
-
-def tokenizer_folder(name: str) -> Path:
-    """A folder with the model's tokenizer and stand-in weights: preparation needs no weights, but tutelage hashes them."""
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    from tutelage.model.names import materialise, resolve
-    from tutelage.model.stage import TOKENIZER_FILES
-
-    target = PEERS / "tokenizers" / "".join(c if c.isalnum() else "-" for c in name)
-    with tempfile.TemporaryDirectory() as folder:
-        if not (target / "model.safetensors").is_file():
-            whole = materialise(resolve(name), Path(folder))
-            target.mkdir(parents=True, exist_ok=True)
-            for path in (whole / file for file in TOKENIZER_FILES):
-                if path.is_file():
-                    shutil.copyfile(path, target / path.name)
-            save_file({"stand_in": np.zeros(1, np.float32)}, target / "model.safetensors")
-    return target
-
-
-def conversations(pattern: str) -> Iterator[list[dict[str, str]]]:
-    """The records of the files in one mixed order, over and over; from the second time on messages end in " (2)", " (3)", ..."""
-    first = [turns for path in sorted(glob.glob(pattern)) for turns in plain_turns(Path(path))]
-    if not first:
-        raise SystemExit(f"--data {pattern}: no conversations there; give a glob of JSONL files")
-    random.Random(0).shuffle(first)
-    for lap in count(1):
-        for turns in first:
-            yield [{**turn, "content": f"{turn['content']} ({lap})"} for turn in turns] if lap > 1 else turns
-
-
-def plain_turns(path: Path) -> Iterator[list[dict[str, str]]]:
-    """The conversations of one file that are text alone; malformed records and those with tools are left out."""
-    from tutelage.sources.detect import choose, shape_named, spread
-    from tutelage.sources.reasons import Malformed
-
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="\n") as file:
-        records = [json.loads(line) for line in file if line.strip()]
-    shape = shape_named(choose(spread(records)).name, None)
-    for record in records:
-        try:
-            turns, tools = shape(record)
-        except Malformed:
-            continue
-        if tools is None and all(not any(rest) for _, _, *rest in turns):
-            yield [{"role": role, "content": content} for role, content, *_ in turns]
 
 
 # ---- measuring, each in a process of its own
 
 
+def measure_all(options: argparse.Namespace, missing: dict[str, str], folder: Path) -> list[dict[str, Any]]:
+    """What was measured, by tokenizer and kind of conversation."""
+    from peer_data import write_models, write_sets
+    from peer_tutelage import warm_store
+
+    data = write_sets(options.data, folder / "data", rows=options.rows)
+    few = write_sets(options.data, folder / "few", rows=min(options.peer_rows, data["single-turn"]["rows"]))
+    print("; ".join(f"{kind}: {said['rows']:,} conversations, {said['bytes'] / 1e6:.1f} MB" for kind, said in data.items()))
+    made = []
+    for name, model in write_models(options.tokenizers, folder / "models").items():
+        more = {"model": str(model), "store": str(warm_store(model, folder / f"warm {name}"))}
+        more |= {"processes": options.processes, "capacity": CAPACITY}
+        for kind, said in data.items():
+            job = {**said, **more, "folder": str(folder / f"{name} {kind}")}
+            made.append({"tokenizer": name, "kind": kind, **measure_set(job, kind, options)})
+        if not options.quick:
+            job = {**few["single-turn"], **more, "folder": str(folder / f"{name} few")}
+            peers = [peer for peer in ("axolotl", "llamafactory") if not missing[peer]]
+            made.append({"tokenizer": name, "kind": "fewer", **measure_few(job, peers)})
+    if options.million:
+        job = {**data["single-turn"], **more, "folder": str(folder / "million"), "num_million": 1_000_000}
+        made.append({"tokenizer": name, "kind": "million", "rows": 1_000_000, "runs": [measure("million", 0, job)]})
+    return made
+
+
+def measure_set(job: dict[str, Any], kind: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Our sides and TRL, in turns."""
+    print(f"\n{Path(job['folder']).name}", flush=True)
+    sides = IN_TURNS if kind == "single-turn" else MULTI_TURN
+    runs = [measure(side, n, job) for n in range(options.rounds) for side in sides]
+    if kind == "single-turn" and not options.quick and Path(job["model"]).name == "smollm2":
+        runs.append(measure("curated", 0, job))
+    return {"rows": job["rows"], "bytes": job["bytes"], "runs": runs, "documents": {"trl": compare(job, "trl")}}
+
+
+def measure_few(job: dict[str, Any], peers: list[str]) -> dict[str, Any]:
+    """The slower peers, once each, on fewer conversations, and ours on the same ones."""
+    print(f"\n{Path(job['folder']).name}", flush=True)
+    runs = [measure(side, 0, job) for side in ("tutelage", *peers)]
+    documents = {run["side"]: compare(job, run["side"]) for run in runs[1:] if "problem" not in run}
+    return {"rows": job["rows"], "bytes": job["bytes"], "runs": runs, "documents": documents}
+
+
 def measure(side: str, number: int, job: dict[str, Any]) -> dict[str, Any]:
-    """One measurement; `process_seconds` counts the interpreter's start, imports and the listing of documents too."""
-    folder = Path(job["file"]).with_name(f"{side} {number}")
-    folder.mkdir()
+    """One measurement. Memory is looked at ten times a second, until the clock of the measured process stops."""
+    folder = Path(job["folder"]) / f"{side} {number}"
+    folder.mkdir(parents=True)
     (folder / "job.json").write_text(json.dumps(job | {"lists_documents": number == 0}))
-    python = [str(PEERS / "trl/bin/python"), "-I"] if side == "trl" else [sys.executable]
+    python = [str(python_of(side)), "-I"] if side in PEER else [sys.executable]
     command = [*python, str(Path(__file__).resolve()), "--side", side, "--folder", str(folder)]
-    caches = {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    started = time.perf_counter()
-    done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    result = {"side": side, "process_seconds": time.perf_counter() - started, **json.loads((folder / "result.json").read_text())}
-    result["rows_per_second"] = job["rows"] / result["seconds"]
-    print(f"  {side:9}{result['rows_per_second']:9,.0f} rows/s{result['seconds']:8.2f} s", flush=True)
+    quiet = {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+    quiet |= {"AXOLOTL_DO_NOT_TRACK": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "true"}
+    peak = 0
+    with (folder / "printed.txt").open("w") as printed:
+        process = subprocess.Popen(command, env=os.environ | quiet, stdout=printed, stderr=printed, cwd=folder)
+        while process.poll() is None:
+            if not (folder / "result.json").exists():
+                peak = max(peak, tree_bytes(process.pid))
+            time.sleep(0.1)
+    return told(side, process.returncode, peak, job, folder)
+
+
+def told(side: str, code: int, peak: int, job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The result of a measurement; a peer that fails is told of, but TRL and we ourselves must not fail."""
+    if code:
+        lines = (folder / "printed.txt").read_text(errors="replace").strip().splitlines()
+        if side in ("axolotl", "llamafactory"):
+            print(f"  {side:13}failed: {lines[-1][:200]}", flush=True)
+            return {"side": side, "problem": lines[-1][:500], "printed": "\n".join(lines[-40:])}
+        raise SystemExit(f"{side} failed:\n" + "\n".join(lines[-60:]))
+    result = {"side": side, "peak_bytes": peak, **json.loads((folder / "result.json").read_text())}
+    rows = job.get("num_million") if side == "million" else job["rows"]
+    print(f"  {side:13}{rows / result['seconds']:9,.0f} rows/s{result['seconds']:8.2f} s", flush=True)
     return result
 
 
 def run_side(side: str, folder: Path) -> None:
     """What a measuring process does: writes result.json, and in the first round two digests per document."""
     job = json.loads((folder / "job.json").read_text())
-    if side == "trl":
-        result, documents = prepare_with_trl(job, folder)
+    module = import_module(f"peer_{side}" if side in PEER else "peer_tutelage")
+    if side in ("floor", "million"):
+        result, documents = getattr(module, side)(job, folder)
     else:
-        result, documents = prepare_with_tutelage(job, folder, PLAIN if side == "tutelage" else CURATED)
-    versions = {name: import_module(name).__version__ for name in (THEIRS if side == "trl" else OURS)}
-    (folder / "result.json").write_text(json.dumps(result | {"versions": versions | {"python": platform.python_version()}}))
+        result, documents = module.prepare(job, folder, **({} if side in PEER else module.SIDES[side]))
+    versions = {name: metadata.version(name) for name in module.VERSIONS} | {"python": platform.python_version()}
+    written = folder / "result.tmp"
+    written.write_text(json.dumps(result | {"versions": versions}))
+    written.rename(folder / "result.json")
     if job["lists_documents"]:
         lines = (f"{md5(ids).hexdigest()} {md5(trained).hexdigest()}\n" for ids, trained in documents)
         (folder / "documents.txt").write_text("".join(lines))
 
 
-class Meter:
-    """Adds up the wall and CPU seconds of `with` blocks, those of finished child processes included."""
-
-    def __init__(self) -> None:
-        self.spent = {"seconds": 0.0, "cpu_seconds": 0.0}
-
-    def __enter__(self) -> Meter:
-        self.start = self.now()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name, value in self.now().items():
-            self.spent[name] += value - self.start[name]
-        self.peak_bytes = peak_bytes()
-
-    def now(self) -> dict[str, float]:
-        return {"seconds": time.perf_counter(), "cpu_seconds": sum(sum(os.times()[i : i + 2]) for i in (0, 2))}
-
-    def result(self, num_tokens: int, num_rows: int) -> dict[str, Any]:
-        efficiency = num_tokens / (num_rows * CAPACITY)
-        return {**self.spent, "peak_bytes": self.peak_bytes, "num_tokens": num_tokens, "packing_efficiency": efficiency}
-
-
-def peak_bytes() -> int:
-    """Peak resident memory of the largest process; /proc goes first, as ru_maxrss starts with the parent's size."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    known = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
-    own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return 1024 * max(own if known is None else known, children)
-
-
-Documents = Iterator[tuple[bytes, bytes]]
-"""Of every document as training gets it: its ids, and of each token but the first whether it is trained."""
-
-
-def prepare_with_tutelage(job: dict[str, Any], folder: Path, curate: dict[str, Any]) -> tuple[dict[str, Any], Documents]:
-    import yaml
-
-    import tutelage.pipeline
-    from tutelage.evaluate.stage import open_shards
-    from tutelage.plan.batch import Batches
-    from tutelage.tables import read_table
-
-    for name in ("numba", "pandas"):  # else imported on the way, where they are there; TRL has imported all by then
-        if util.find_spec(name):
-            import_module(name)
-    recipe = {"name": "prepare", "model": {"name": job["tokenizer"]}, "sources": {"all": {"path": job["file"]}}, "curate": curate}
-    recipe |= {"split": {"held_out_share": 0}, "render": {"max_tokens": CAPACITY, "overlong": "drop"}}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    with Meter() as meter:
-        file = tutelage.load_recipe(folder / "recipe.yaml")
-        run = tutelage.run(file, until="plan", store=folder / "store", runs=folder / "runs")
-    plan = run.artefacts["plan"]
-    num_rows = len(set(read_table(plan.file("placements.parquet"))["row"].to_pylist()))  # without the last step's empty rows
-    result = meter.result(plan.facts["real_tokens"], num_rows)
-    result["stages"] = {label: artefact.manifest["seconds"] for label, artefact in run.artefacts.items()}
-    result["dropped"] = plan.manifest["counts"]["dropped"]
-    return result, planned_documents(Batches(plan.path, open_shards(run.artefacts)))
-
-
-def planned_documents(batches: Iterable[Any]) -> Documents:
-    for batch in batches:
-        for at in batch.documents:
-            own = at.row - batch.documents[0].row, slice(at.start, at.start + at.length)
-            yield batch.inputs[own].tobytes(), (batch.weights[own][:-1] > 0).tobytes()
-
-
-def prepare_with_trl(job: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Documents]:
-    from datasets import load_dataset
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-    from trl import SFTConfig, SFTTrainer
-
-    meter, tokenizer = Meter(), AutoTokenizer.from_pretrained(job["tokenizer"])
-    tokenizer.chat_template = tokenizer.chat_template.replace(UNMARKED, MARKED)
-
-    class Timed(SFTTrainer):
-        def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
-            with meter:
-                return super()._prepare_dataset(*args, **kwargs)
-
-    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **small))
-    how = {"packing": True, "packing_strategy": "bfd", "max_length": CAPACITY, "assistant_only_loss": True}
-    how |= {"dataset_num_proc": job["processes"] if job["processes"] > 1 else None}
-    args = SFTConfig(**how, report_to="none", use_cpu=True, bf16=False, output_dir=str(folder / "out"))
-    with meter:
-        dataset = load_dataset("json", data_files=job["file"], split="train")
-    made = Timed(model=model, args=args, train_dataset=dataset, processing_class=tokenizer).train_dataset
-    return meter.result(sum(sum(lengths) for lengths in made["seq_lengths"]), len(made)), packed_documents(made)
-
-
-def packed_documents(dataset: Any) -> Documents:
-    import numpy as np
-
-    for row in dataset.with_format("numpy"):
-        ids, labels, first = row["input_ids"].astype(np.int32), row["labels"], 0
-        for length in row["seq_lengths"].tolist():
-            yield ids[first : first + length].tobytes(), (labels[first + 1 : first + length] != -100).tobytes()
-            first += length
-
-
-# ---- comparing and reporting
-
-
-def compare(folder: Path) -> dict[str, int]:
+def compare(job: dict[str, Any], peer: str) -> dict[str, int]:
     """How many documents of both sides are the same, as multisets: each side packs them in an order of its own."""
-    ours, theirs = ((folder / f"{side} 0" / "documents.txt").read_text().splitlines() for side in SIDES)
+    ours, theirs = ((Path(job["folder"]) / f"{side} 0" / "documents.txt").read_text().splitlines() for side in ("tutelage", peer))
     same_ids = Counter(line.split()[0] for line in ours) & Counter(line.split()[0] for line in theirs)
     same = Counter(ours) & Counter(theirs)
-    return {"tutelage": len(ours), "trl": len(theirs), "same_ids": same_ids.total(), "same_trained": same.total()}
+    return {"ours": len(ours), "theirs": len(theirs), "same_ids": same_ids.total(), "same_trained": same.total()}
+
+
+# ---- reporting
 
 
 def report(result: dict[str, Any], options: argparse.Namespace) -> int:
-    """Prints what was measured, the ratio last, and returns the exit code."""
-    by_side = {side: [run for run in result["runs"] if run["side"] == side] for side in (*SIDES, "curated")}
-    print(f"\n{'':11}{'rows/s':>9}{'(range)':>17}{'tokens/s':>11}{'CPU s':>8}{'peak MB':>9}{'packed':>9}{'process s':>11}")
-    print("\n".join(table_line(side, runs) for side, runs in by_side.items()))
-    for side in ("tutelage", "curated"):
-        stages = {name: median(run["stages"][name] for run in by_side[side]) for name in by_side[side][0]["stages"]}
-        spent = ", ".join(f"{name} {seconds:.2f}" for name, seconds in stages.items())
-        print(f"{side}'s seconds: {spent}; set aside: {by_side[side][0]['dropped'] or 'nothing'}")
-    for side in SIDES:
-        print(f"{side}'s versions: " + ", ".join(f"{name} {number}" for name, number in by_side[side][0]["versions"].items()))
-    same = result["documents"]
-    print(f"documents: {same['tutelage']:,} from tutelage, {same['trl']:,} from TRL", end="; ")
-    print(f"{same['same_ids']:,} have equal ids, {same['same_trained']:,} equal trained tokens too")
-    ours, theirs = ({name: [run[name] for run in by_side[side]] for name in ("seconds", "cpu_seconds")} for side in SIDES)
-    result["cpu_ratio"] = median(theirs["cpu_seconds"]) / median(ours["cpu_seconds"])
-    result["ratio"] = ratio = median(theirs["seconds"]) / median(ours["seconds"])
-    rounds = sorted(b / a for a, b in zip(ours["seconds"], theirs["seconds"], strict=True))
+    """Prints what was measured, the bars last, and returns the exit code."""
+    bars: list[tuple[str, float, str, bool]] = []
+    for measured in result["sets"]:
+        by_side: dict[str, list[dict[str, Any]]] = {}
+        for run in measured["runs"]:
+            by_side.setdefault(run["side"], []).append(run)
+        print(f"\n{measured['tokenizer']}, {measured['kind']}: {measured['rows']:,} conversations")
+        if measured["kind"] == "million":
+            bars.append(report_million(by_side["million"][0]))
+            continue
+        print_table(measured, by_side)
+        measured["ratios"] = ratios = {side: all_ratios(by_side, side) for side in by_side if "problem" not in by_side[side][0]}
+        bars += [print_documents(measured, by_side, peer) for peer in measured["documents"]]
+        for side, each in ratios.items():
+            print_ratios(side, each)
+        if measured["kind"] == "single-turn":
+            bars += [*speed_bars(measured), print_outside(measured, by_side["one-by-one"])]
+    for peer, why in result["missing"].items():
+        print(f"{peer}: not installed: {why}" if why else f"{peer}: {versions_of(result, peer)}")
+    print(f"tutelage: {versions_of(result, 'tutelage')}\n")
+    result["bars"] = [dict(zip(("what", "value", "said", "is_met"), bar, strict=True)) for bar in bars]
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1))
-    print(f"rows per CPU second, tutelage / TRL: {result['cpu_ratio']:.2f}")
-    print(f"rows per second, tutelage / TRL: {ratio:.2f} (rounds {rounds[0]:.2f} to {rounds[-1]:.2f}); bar {BAR}")
-    return int(options.check and (ratio < BAR or same["same_trained"] < same["tutelage"]))
+    for what, _, said, is_met in bars:
+        print(f"{'met   ' if is_met else 'MISSED'} {what}: {said}")
+    return int(options.check and not all(bar[-1] for bar in bars))
 
 
-def table_line(label: str, runs: list[dict[str, Any]]) -> str:
-    m = {name: median(run[name] for run in runs) for name, value in runs[0].items() if isinstance(value, int | float)}
-    speeds = [run["rows_per_second"] for run in runs]
-    cells = f"{m['rows_per_second']:9,.0f}{f'({min(speeds):,.0f}-{max(speeds):,.0f})':>17}{m['num_tokens'] / m['seconds']:11,.0f}"
-    more = f"{m['cpu_seconds']:8.1f}{m['peak_bytes'] / 1e6:9,.0f}{m['packing_efficiency']:9.2%}{m['process_seconds']:11.1f}"
-    return f"{label:11}{cells}{more}"
+def versions_of(result: dict[str, Any], side: str) -> str:
+    runs = [run for each in result["sets"] for run in each["runs"] if run["side"] == side]
+    known = next((run["versions"] for run in runs if "versions" in run), None)
+    return ", ".join(f"{name} {number}" for name, number in known.items()) if known else "did not run"
+
+
+def print_table(measured: dict[str, Any], by_side: dict[str, list[dict[str, Any]]]) -> None:
+    print(f"{'':13}{'rows/s':>9}{'(range)':>17}{'tokens/s':>12}{'CPU s':>8}{'peak MB':>9}{'packed rows/s':>15}{'filled':>9}")
+    for side, runs in by_side.items():
+        if "problem" in runs[0]:
+            print(f"{side:13}failed: {runs[0]['problem']}")
+            continue
+        m = {name: median(run[name] for run in runs) for name in NUMBERED if name in runs[0]}
+        speeds = [measured["rows"] / run["seconds"] for run in runs]
+        spread = f"({min(speeds):,.0f}-{max(speeds):,.0f})" if len(speeds) > 1 else "(once)"
+        line = f"{side:13}{measured['rows'] / m['seconds']:9,.0f}{spread:>17}{m['num_tokens'] / m['seconds']:12,.0f}"
+        line += f"{m['cpu_seconds']:8.1f}{m['peak_bytes'] / 1e6:9,.0f}"
+        line += f"{measured['rows'] / m['packed_seconds']:15,.0f}" if "packed_seconds" in m else f"{'-':>15}"
+        print(line + (f"{m['packing_efficiency']:9.2%}" if "packing_efficiency" in m else f"{'-':>9}"))
+    ours = by_side["tutelage"]
+    stages = {name: median(run["stages"][name] for run in ours) for name in ours[0]["stages"]}
+    print(f"engine: {', '.join(ours[0]['engine_name'])}; opened and proved in {median_of(ours, 'opening'):.2f} s")
+    print("seconds: " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in stages.items()))
+
+
+def median_of(runs: list[dict[str, Any]], clock: str, unit: str = "seconds") -> float:
+    return median(run[clock][unit] for run in runs)
+
+
+def all_ratios(by_side: dict[str, list[dict[str, Any]]], side: str) -> dict[str, list[float]]:
+    """TRL's (or the peer's) seconds over this side's: the ratio of the medians, and of the rounds the least and the most."""
+    peer, ours = ("trl", side) if "trl" in by_side else (side, "tutelage")
+    found = {}
+    for name in ("seconds", "packed_seconds", "cpu_seconds"):
+        if peer != ours and all(name in by_side[each][0] for each in (peer, ours)):
+            a, b = ([run[name] for run in by_side[each]] for each in (ours, peer))
+            rounds = sorted(theirs / own for own, theirs in zip(a, b, strict=False))
+            found[name] = [median(b) / median(a), rounds[0], rounds[-1]]
+    return found
+
+
+def print_ratios(side: str, ratios: dict[str, list[float]]) -> None:
+    names = {"seconds": "rendered", "packed_seconds": "packed", "cpu_seconds": "rendered per CPU second"}
+    said = [f"{names[name]} {value:.1f} ({low:.1f}-{high:.1f})" for name, (value, low, high) in ratios.items()]
+    if said:
+        over = f"tutelage's rows/s over {side}'s" if side in PEER else f"{side}'s rows/s over TRL's"
+        print(f"{over}: {', '.join(said)}")
+
+
+def print_documents(
+    measured: dict[str, Any], by_side: dict[str, list[dict[str, Any]]], peer: str
+) -> tuple[str, float, str, bool]:
+    """The bar of equal tokens: each of our documents is one of TRL's, and what TRL has more we set aside with a reason."""
+    same, dropped = measured["documents"][peer], by_side["tutelage"][0]["dropped"]
+    others = by_side["floor"][0]["num_other_texts"] if "floor" in by_side else 0
+    said = f"{same['ours']:,} documents, {same['theirs']:,} from {peer} (we set aside: {dropped or 'nothing'}); "
+    said += f"{same['same_ids']:,} have equal ids, {same['same_trained']:,} equal trained tokens too"
+    said += f"; {others:,} texts differ from the tokenizer's own template" if "floor" in by_side else ""
+    is_all = same["same_trained"] == same["ours"] and same["theirs"] - same["ours"] == sum(dropped.values()) and not others
+    what = f"{measured['tokenizer']}, {measured['kind']}: equal tokens"
+    return f"{what} ({peer})", same["same_trained"], said, is_all or peer != "trl"
+
+
+def speed_bars(measured: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
+    name, found = measured["tokenizer"], []
+    for side in ("tokenizers",) if name == "smollm2" else ("tutelage",):
+        value, low, high = measured["ratios"][side]["seconds"]
+        said = f"{value:.2f} times (rounds {low:.2f} to {high:.2f}); bar {BARS[name]}"
+        found.append((f"{name}: {side}'s rows/s over TRL's", value, said, value >= BARS[name]))
+    return found
+
+
+def print_outside(measured: dict[str, Any], runs: list[dict[str, Any]]) -> tuple[str, float, str, bool]:
+    """The bar of what is spent outside the tokenizer, from the runs in which nothing happens beside it."""
+    scale = 100_000 / measured["rows"]
+    parts = {}
+    for unit in ("seconds", "cpu_seconds"):
+        whole, (engine, opening) = (
+            median(run[unit] for run in runs),
+            (median_of(runs, clock, unit) for clock in ("engine", "opening")),
+        )
+        parts[unit] = {"whole": whole, "engine": engine, "opening": opening, "outside": whole - engine - opening}
+        said = ", ".join(f"{name} {value * scale:.2f}" for name, value in parts[unit].items())
+        print(f"one after the other, per 100,000 conversations, {'CPU' if unit == 'cpu_seconds' else 'wall'} seconds: {said}")
+    measured["outside"] = parts
+    value = parts["seconds"]["outside"] * scale
+    said = f"{value:.2f} s per 100,000 conversations; bar {OUTSIDE_BAR}"
+    return f"{measured['tokenizer']}: outside the tokenizer", value, said, value < OUTSIDE_BAR
+
+
+def report_million(run: dict[str, Any]) -> tuple[str, float, str, bool]:
+    peak = run["own_peak_bytes"]
+    said = f"{peak / 1e6:,.0f} MB at most in {run['seconds']:.1f} s; bar {MILLION_BAR / 1e6:,.0f} MB; {run['counts']}"
+    return "read and render a million records", peak, said, peak < MILLION_BAR
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ OTHER_FILES = {
     "page.html.j2": "the report's skeleton; every string in it is escaped",
     "page.css": "its looks: light, dark, print, 400 to 1600 px",
     "page.js": "its conveniences; the page is whole without them",
+    "browse.html.j2": "the skeleton of the page to browse examples; their data travels packed",
+    "browse.css": "its looks: light, dark, 320 to 1600 px",
+    "browse.js": "unpacks, weighs by any policy as the plan does, lists, draws what is in sight",
 }
 HEAD = """\
 # The recipe

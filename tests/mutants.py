@@ -170,6 +170,27 @@ def turn_weights_ignored(right: Function) -> Function:
     return lambda kinds, **others: right(kinds, **{**others, "turn_weights": None})
 
 
+def marks_left_to_the_scaffold(right: Function) -> Function:
+    from tutelage.records import Kind
+
+    def weigh(kinds: np.ndarray, *, turns: np.ndarray | None = None, **others: Any) -> np.ndarray:
+        nobody = None if turns is None else np.where(kinds == Kind.SCAFFOLD, -1, turns)
+        weights: np.ndarray = right(kinds, turns=nobody, **others)
+        return weights
+
+    return weigh
+
+
+def last_turn_only_silences_prompts(_: Function) -> Function:
+    return lambda kinds, turns: np.ones(len(kinds), bool)
+
+
+def turns_ignored(_: Function) -> Function:
+    from tutelage.plan.spec import LastResponse
+
+    return lambda loss: isinstance(loss, LastResponse)
+
+
 def shift_after_packing(right: Function) -> Function:
     return lambda ids, weights, *, offsets=None: right(ids, weights)
 
@@ -286,7 +307,56 @@ def warmup_counted_into_the_fall(_: Function) -> Function:
     return lambda step, num_warmup, num_steps: step / max(1, num_steps - 1)
 
 
+# --- audit
+
+
+def turns_counted_within_examples(right: Function) -> Function:
+    """The turn numbers of one example taken for those of the whole set."""
+
+    def of(stretch: Any, weights: np.ndarray) -> Any:
+        return dataclasses.replace(right(stretch, weights), turn=np.maximum(stretch.turns, 0).astype(np.int64))
+
+    return of
+
+
+def cut_answers_overlooked(_: Function) -> Function:
+    return lambda stretch, flat, learned: np.zeros(0, np.int64)
+
+
+def stops_judged_by_their_first_token(_: Function) -> Function:
+    def first_stops(flat: Any, stops: np.ndarray) -> np.ndarray:
+        return np.flatnonzero(stops & ~np.concatenate([[False], stops[:-1]]))
+
+    return first_stops
+
+
+def every_rendered_example_audited(right: Function) -> Function:
+    from tutelage.tables import RenderedSet
+
+    return lambda folder, chosen, **more: right(folder, np.arange(len(RenderedSet(folder))), **more)
+
+
+def copies_by_half_a_key(right: Function) -> Function:
+    return lambda keys: right(keys * np.array([1, 0], np.uint64))
+
+
+def threshold_over_all_sources(right: Function) -> Function:
+    """One source full of faults hides among many clean ones."""
+
+    def judge(part: Any, facts: Any, spec: Any, meaning: Any) -> Any:
+        parts = [p for by_source in facts["findings"].values() for p in by_source.values()]
+        return right(part | {"num": sum(p["num"] for p in parts), "of": sum(p["of"] for p in parts)}, facts, spec, meaning)
+
+    return judge
+
+
+def zero_weights_overlooked(_: Function) -> Function:
+    """Looks at planned examples alone, none of which has weight 0."""
+    return lambda self, name: None
+
+
 _TRAIN, _GRADIENT = "train/test_loop.py", "train/test_gradient.py"
+_AUDIT_TOKENS, _AUDIT = "audit/test_audit_tokens.py", "audit/test_audit_stage.py"
 _RATES, _ORDER, _WEIGHTS = "plan/test_rates.py", "plan/test_order.py", "plan/test_weights.py"
 _WINDOWS, _BATCHES = "plan/test_windows.py", "plan/test_batches.py"
 MUTANTS: list[Mutant] = [
@@ -373,6 +443,24 @@ MUTANTS: list[Mutant] = [
         "tutelage.plan.weights:weigh_tokens",
         turn_weights_ignored,
         (f"{_WEIGHTS}::test_many_documents_at_once_equal_each_alone",),
+    ),
+    Mutant(
+        "marks left to the scaffold",
+        "tutelage.plan.weights:weigh_tokens",
+        marks_left_to_the_scaffold,
+        (f"{_WEIGHTS}::test_marks_weigh_what_answers_weigh",),
+    ),
+    Mutant(
+        "`turns: last` silences prompts",
+        "tutelage.records:is_written",
+        last_turn_only_silences_prompts,
+        (f"{_WEIGHTS}::test_turns_last_silences_earlier_answers_and_no_prompt",),
+    ),
+    Mutant(
+        "`turns: last` ignored",
+        "tutelage.plan.weights:_counts_last_only",
+        turns_ignored,
+        (f"{_WEIGHTS}::test_turns_last_silences_earlier_answers_and_no_prompt",),
     ),
     Mutant(
         "shift after packing",
@@ -469,6 +557,48 @@ MUTANTS: list[Mutant] = [
         "tutelage.train.schedule:_fallen_share",
         warmup_counted_into_the_fall,
         ("train/test_schedule.py::test_cosine_has_its_golden_values",),
+    ),
+    Mutant(
+        "turns counted within examples",
+        "tutelage.audit.tokens:_Flat.of",
+        turns_counted_within_examples,
+        (f"{_AUDIT_TOKENS}::test_faults_of_one_example_do_not_touch_its_neighbours",),
+    ),
+    Mutant(
+        "cut answers overlooked",
+        "tutelage.audit.tokens:_cut_turns",
+        cut_answers_overlooked,
+        (f"{_AUDIT_TOKENS}::test_a_missing_stop_and_a_cut_answer_are_told_apart",),
+    ),
+    Mutant(
+        "stops judged by their first token",
+        "tutelage.audit.tokens:_last_stops",
+        stops_judged_by_their_first_token,
+        (f"{_AUDIT_TOKENS}::test_a_stop_is_judged_by_its_last_token",),
+    ),
+    Mutant(
+        "every rendered example audited",
+        "tutelage.audit.rendered:measure_set",
+        every_rendered_example_audited,
+        (f"{_AUDIT}::test_examples_that_are_not_planned_are_not_audited",),
+    ),
+    Mutant(
+        "copies by half a key",
+        "tutelage.audit.texts:first_of_equal",
+        copies_by_half_a_key,
+        ("audit/test_audit_texts.py::test_every_copy_points_at_the_first_of_its_equals",),
+    ),
+    Mutant(
+        "threshold over all sources",
+        "tutelage.audit.findings:_by_threshold",
+        threshold_over_all_sources,
+        ("audit/test_audit_findings.py::test_a_threshold_is_held_by_each_source_and_crossed_by_more",),
+    ),
+    Mutant(
+        "zero weights overlooked",
+        "tutelage.audit.stage:_Audit._without_weight",
+        zero_weights_overlooked,
+        (f"{_AUDIT}::test_every_planted_fault_is_found_in_its_records_and_in_no_others",),
     ),
 ]
 

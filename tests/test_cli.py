@@ -90,6 +90,26 @@ def test_look_shows_text_kinds_and_a_legend(done: tuple[Path, subprocess.Complet
     assert "Backwards?" in shown.stdout and "assistant" in shown.stdout
 
 
+def test_look_writes_a_page_and_says_where(done: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    """Kills an --html that prints the examples too, forgets --worst, or shows three where hundreds were meant."""
+    folder, _ = done
+    written = tutelage(folder, "look", "small.yaml", "-q", "--html", "look.html")
+    assert written.returncode == 0, written.stderr
+    assert written.stdout.startswith("look.html: ") and len(written.stdout.splitlines()) == 1
+    facts = json.loads(tutelage(folder, "look", "small.yaml", "-q", "--html", "worst.html", "--worst", "-n", "5", "--json").stdout)
+    assert facts == {"html": "worst.html", "num_examples": 5, "size_bytes": (folder / "worst.html").stat().st_size}
+    assert int(written.stdout.split()[1]) > 50
+    shown = json.loads(tutelage(folder, "look", "small.yaml", "-q", "--worst", "-n", "9", "--json").stdout)
+    shares = [example["num_supervised"] / example["num_tokens"] for example in shown]
+    assert shares == sorted(shares) and shares[0] < shares[-1]
+
+
+def test_look_says_what_became_of_a_row(done: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    """Kills an unknown row that ends in a traceback or in silence."""
+    run = tutelage(done[0], "look", "small.yaml", "-q", "--row", "hidden.jsonl:1")
+    assert run.returncode == 2 and "held_out" in run.stderr and "Traceback" not in run.stderr
+
+
 def test_chat_answers_one_message_and_a_loop(done: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     """Kills a chat that cannot load what a run left."""
     once = tutelage(done[0], "chat", "runs/small", "-m", "Say the red fox", "--max-new-tokens", "4")

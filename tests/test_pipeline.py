@@ -101,7 +101,7 @@ def test_one_changed_byte_re_does_only_its_source_and_what_joins_sources(whole: 
     again = missed(folder)
     assert again == {
         "read sums", "rewrite sums", "screen sums", "render sums", "rerender sums",
-        "split", "copies", "plan", "held_out", "measure before", "train", "measure after", "report",
+        "split", "copies", "plan", "audit", "held_out", "measure before", "train", "measure after", "report",
     }  # fmt: skip
 
 
@@ -157,6 +157,7 @@ def test_a_finished_run_leaves_what_people_open(whole: tuple[Path, Run]) -> None
     for name in ("recipe.yaml", "run.json", "report.html", "steps.parquet", "events.jsonl", "model/adapter_config.json"):
         assert (left / name).is_file(), name
         assert not (left / name).is_symlink()
+    assert '<section id="audit"' in (left / "report.html").read_text()
     assert load_recipe(left / "recipe.yaml").recipe.mix == load_recipe(folder / "small.yaml").recipe.mix
     assert "epochs: 2.0  # small.yaml:" in (left / "recipe.yaml").read_text()
 
@@ -213,6 +214,7 @@ POINTS = (
     "build:rerender",
     "build:plan",
     "commit:plan:renamed",
+    "build:audit",
     "build:held_out",
     "build:measure",
     "build:train",

@@ -1,6 +1,7 @@
 """The command line: verbs and printing only; every verb is a call or two into the library.
 
-Exit codes: 0 done, 1 failed, 2 a mistake in what was given, 130 interrupted (what was done is kept).
+Exit codes: 0 done, 1 failed (an audit that finds what makes training wrong is one), 2 a mistake in what was given,
+130 interrupted (what was done is kept).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from tutelage.errors import StoreError, TrainError, TutelageError
+from tutelage.errors import AuditError, StoreError, TrainError, TutelageError
 
 if TYPE_CHECKING:
     from tutelage.pipeline import Run
@@ -28,7 +29,7 @@ class _Verbs(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (TrainError, StoreError) as error:
+        except (AuditError, TrainError, StoreError) as error:
             message, code = str(error), 1
         except TutelageError as error:
             message, code = str(error), 2
@@ -118,8 +119,13 @@ def check(
     overrides: SetOption = [],
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
     resolved: Annotated[bool, typer.Option("--resolved", help="Print every value with its origin.")] = False,
+    data: Annotated[bool, typer.Option("--data", help="Audit the data too: what training would see, whole.")] = False,
+    store: StoreOption = _STORE,
+    runs: RunsOption = _RUNS,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
-    """Read a recipe strictly and list every mistake at once; nothing is run."""
+    """Read a recipe strictly and list every mistake at once; with --data, audit the whole planned set. Nothing is trained."""
     from tutelage.recipe import json_schema, resolved_text
 
     if schema:
@@ -127,9 +133,32 @@ def check(
         return
     if recipe is None:
         raise TutelageError("check: name a recipe, or give --schema")
+    if data:
+        _audit(recipe, overrides, store=store, runs=runs, as_json=as_json, quiet=quiet)
+        return
     file = _load(recipe, overrides)
     sources = len(file.recipe.sources)
     sys.stdout.write(resolved_text(file) if resolved else f"{recipe}: no mistakes; {sources} source{'s' * (sources != 1)}\n")
+
+
+def _audit(path: Path, overrides: list[str], *, store: Path, runs: Path, as_json: bool, quiet: bool) -> None:
+    """Prints the findings; exits with 1 when one of them would stop a run."""
+    from tutelage import pipeline
+    from tutelage.report import screen, tables
+
+    file = _load(path, overrides)
+    with _progress(quiet) as progress:
+        audit = pipeline.audit(file, store=store, runs=runs, progress=progress)
+    told = audit.as_json()
+    if as_json:
+        _print_json(told)
+    else:
+        screen.print_table(tables.supervision_table(told["sources"]))
+        screen.print_table(tables.finding_table(told["findings"]))
+        for line in [*tables.finding_lines(told["findings"]), audit.verdict]:
+            sys.stdout.write(line + "\n")
+    if not audit.passes:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -157,8 +186,10 @@ def look(
     task: Annotated[str | None, typer.Option(help="Only this task.")] = None,
     source: Annotated[str | None, typer.Option(help="Only this source.")] = None,
     search: Annotated[str | None, typer.Option(help="Only examples whose text contains this.")] = None,
-    row: Annotated[str | None, typer.Option(help="One record by its id, source/file:line.")] = None,
-    number: Annotated[int, typer.Option("--number", "-n", min=1, help="How many.")] = 3,
+    row: Annotated[str | None, typer.Option(help="One record by its id, source/file:line, or the end of one.")] = None,
+    worst: Annotated[bool, typer.Option("--worst", help="The smallest share of supervised tokens first.")] = False,
+    number: Annotated[int | None, typer.Option("--number", "-n", min=1, help="How many (3; with --html 500).")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page to browse them in instead.", metavar="FILE")] = None,
     store: StoreOption = _STORE,
     runs: RunsOption = _RUNS,
     as_json: JsonOption = False,
@@ -169,7 +200,12 @@ def look(
     from tutelage.report import screen
 
     file, done = _run(recipe, overrides, until="plan", store=store, runs=runs, quiet=quiet)
-    wanted = looking.Wanted(task=task, source=source, search=search, row_id=row, number=number)
+    number = number or (looking.NUM_SHOWN if html is None else looking.NUM_BROWSED)
+    wanted = looking.Wanted(task=task, source=source, search=search, row_id=row, worst=worst, number=number)
+    if html is not None:
+        facts = looking.write_page(file, done, wanted, html)
+        _print_json(facts) if as_json else sys.stdout.write(looking.page_line(facts) + "\n")
+        return
     found = looking.find_examples(file, done, wanted)
     if as_json:
         _print_json([looking.as_json(example) for example in found])
@@ -181,7 +217,7 @@ def look(
 def run(
     recipe: RecipeArgument,
     overrides: SetOption = [],
-    until: Annotated[str, typer.Option(help="Stop after: sources, curate, render, plan, train, eval, report.")] = "report",
+    until: Annotated[str, typer.Option(help="Stop after: sources, curate, render, plan, audit, train, eval, report.")] = "report",
     store: StoreOption = _STORE,
     runs: RunsOption = _RUNS,
     as_json: JsonOption = False,

@@ -31,6 +31,10 @@ class ModelError(TutelageError):
     """A model that cannot be found, loaded or trained as asked."""
 
 
+class AuditError(TutelageError):
+    """A training set that an audit found faults in which would make training wrong; the message lists them all."""
+
+
 class TrainError(TutelageError):
     """A training run that must not go on (loss is NaN, a step has no weight, a checkpoint does not fit)."""
 

@@ -2,8 +2,8 @@ r"""The stages in order: what a recipe means as boxes, running them, and explain
 
     read -> rewrite -> screen --\
       \-> split -----------------> copies --\
-      \-> render (+ rerender) --------------> plan -> train -> after --> report
-                               \------------> held_out -> before -/
+      \-> render (+ rerender) --------------> plan -> audit -> train -> after --> report
+                               \------------> held_out -> before --------/
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tutelage.audit.stage import Audit, AuditInputs, Rule, audit_stage, check_audit, read_audit
+from tutelage.audit.tokens import Stretch
 from tutelage.curate.stage import copies_stage, rewrite_stage, screen_stage
 from tutelage.errors import TutelageError
 from tutelage.evaluate.spec import EvaluateSpec
@@ -31,11 +33,11 @@ from tutelage.evaluate.stage import (
 )
 from tutelage.model.stage import model_stage, tokenizer_stage
 from tutelage.plan.batch import Batches
-from tutelage.plan.spec import LossRule
+from tutelage.plan.spec import KindWeights, LossRule
 from tutelage.plan.stage import PlanInputs, plan_stage
-from tutelage.plan.weights import weigh_tokens
+from tutelage.plan.weights import kind_table, weigh_tokens
 from tutelage.recipe import Recipe, RecipeFile, resolved_text
-from tutelage.records import Batch, Float32, Rendered
+from tutelage.records import Batch, Float32, Kind, Rendered
 from tutelage.render.stage import render_stage, rerender_stage
 from tutelage.report.stage import report_stage
 from tutelage.sources.stage import check_bad_share, read_stage, split_stage
@@ -47,6 +49,7 @@ UNTIL = {
     "curate": "copies",
     "render": "render",
     "plan": "plan",
+    "audit": "audit",
     "train": "train",
     "eval": "measure after",
     "report": "report",
@@ -70,6 +73,8 @@ class Pipeline:
         for label in reversed(list(self.stages)):
             if label in wanted:
                 wanted |= {self._label_of(stage) for stage in self.stages[label].inputs.values()}
+                # The gate before training. No input of it, or a new version of the audit would train everything again.
+                wanted |= {"audit"} & self.stages.keys() if label == "train" else set()
         return [label for label in self.stages if label in wanted]
 
     @cached_property
@@ -144,7 +149,7 @@ def build_pipeline(file: RecipeFile, *, store: Store) -> Pipeline:
     for stage in [*renders.values(), *rerenders.values()]:
         add(stage)
     _add_training(recipe, _Groups(reads, renders, rerenders, screens, copies, split, model, tokenizer), add)
-    more: dict[str, Any] = {"name": recipe.name, "spec": recipe.report, "model": recipe.model.name}
+    more: dict[str, Any] = {"name": recipe.name, "spec": recipe.report, "model": recipe.model.name, "audited": _audited(recipe)}
     add(report_stage(dict(boxes), recipe=resolved_text(file), weigh=weigher(recipe.loss), **more))
     return Pipeline(file, store, boxes)
 
@@ -178,6 +183,9 @@ def _add_training(recipe: Recipe, groups: _Groups, add: Callable[[Stage], Stage]
             source_weights={name: source.weight for name, source in recipe.sources.items()},
         )
     )
+    if recipe.audit.enabled:
+        audited = AuditInputs(plan, groups.reads, groups.renders, groups.rerenders, groups.tokenizer)
+        add(audit_stage(audited, rule=_audit_rule(recipe)))
     of_records = HeldOutInputs(groups.reads, groups.renders, groups.split, groups.copies, groups.screens, groups.rerenders)
     held_out = add(held_out_stage(of_records, spec=recipe.evaluate))
     measured = MeasureInputs(groups.model, groups.tokenizer, held_out, groups.renders, groups.rerenders)
@@ -192,6 +200,28 @@ def _add_training(recipe: Recipe, groups: _Groups, add: Callable[[Stage], Stage]
 def weigher(loss: LossRule) -> Callable[[Rendered], Float32]:
     """The loss weight of each token of an example, f32 (T,), under a recipe's rule."""
     return lambda example: weigh_tokens(example.kinds, loss=loss, turns=example.turns, turn_weights=example.turn_weights)
+
+
+def _audit_rule(recipe: Recipe) -> Rule:
+    """What the audit must know of loss, template and sources."""
+    loss = recipe.loss
+
+    def weigh(of: Stretch) -> Float32:
+        more: dict[str, Any] = {"turns": of.turns, "turn_weights": of.turn_weights}
+        return weigh_tokens(of.kinds, loss=loss, offsets=of.offsets, turn_offsets=of.turn_offsets, **more)
+
+    return Rule(
+        weigh,
+        asks_scaffold=bool(kind_table(loss)[Kind.SCAFFOLD] > 0),
+        leaves_stop_out=isinstance(loss, KindWeights) and loss.weights.get("stop") == 0,
+        has_own_template=recipe.render.template == "model",
+        silent_sources=frozenset(name for name, source in recipe.sources.items() if source.weight == 0),
+    )
+
+
+def _audited(recipe: Recipe) -> Callable[[Artefact], dict[str, Any]]:
+    """The audit under the recipe's thresholds, as plain values for the report."""
+    return lambda artefact: read_audit(artefact, recipe.audit).as_json()
 
 
 def _measure(artefacts: Mapping[str, Artefact], spec: EvaluateSpec) -> Callable[[Any, int], Any]:
@@ -230,11 +260,12 @@ def run(
     store: Store | Path | str = ".tutelage",
     runs: Path | str = "runs",
     progress: Progress | None = None,
+    gate: bool = True,
 ) -> Run:
     """The finished run of a recipe: every stage up to `until` in the store, and `runs/NAME` filled.
 
     Stages that the store already has are not run again. A killed run goes on where it was when called again.
-    Raises a TutelageError for anything the user can mend.
+    Raises a TutelageError for anything the user can mend; AuditError, with `gate`, for data that would make training wrong.
     """
     store = store if isinstance(store, Store) else Store(store)
     progress = progress or Silent()
@@ -244,8 +275,24 @@ def run(
         folder = Path(runs) / file.recipe.name
         for label in pipeline.needed(until):
             artefacts[label] = _produce(pipeline, label, artefacts, progress)
+            if gate and label == "audit":
+                check_audit(artefacts[label], file.recipe.audit)
         _publish(pipeline, artefacts, folder)
     return Run(folder, artefacts)
+
+
+def audit(
+    file: RecipeFile,
+    *,
+    store: Store | Path | str = ".tutelage",
+    runs: Path | str = "runs",
+    progress: Progress | None = None,
+) -> Audit:
+    """The audit of everything that a recipe would train on; nothing is trained. It never raises for what it finds."""
+    if not file.recipe.audit.enabled:
+        raise TutelageError("audit.enabled: is false in this recipe, so there is nothing to show; set it to true")
+    done = run(file, until="audit", store=store, runs=runs, progress=progress, gate=False)
+    return read_audit(done.artefacts["audit"], file.recipe.audit)
 
 
 def _produce(pipeline: Pipeline, label: str, done: Mapping[str, Artefact], progress: Progress) -> Artefact:

@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from tutelage import recipe_checks, strict_yaml
+from tutelage.audit.spec import AuditSpec
 from tutelage.curate.spec import CurateSpec
 from tutelage.errors import Problem, RecipeError
 from tutelage.evaluate.spec import EvaluateSpec
@@ -56,6 +57,8 @@ class Recipe(Spec):
     """Which tokens are trained, and how much."""
     batch: BatchSpec = BatchSpec()
     """What one optimizer step holds."""
+    audit: AuditSpec = AuditSpec()
+    """What the planned set is looked at for before training."""
     train: TrainSpec = TrainSpec()
     """Learning rate, schedule, precision, checkpoints."""
     evaluate: EvaluateSpec = EvaluateSpec()

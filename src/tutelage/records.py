@@ -40,6 +40,17 @@ class Kind(enum.IntEnum):
 LEARNED_KINDS = (Kind.ASSISTANT, Kind.REASONING, Kind.TOOL_CALL, Kind.STOP)
 """The kinds that the model itself must produce."""
 
+
+def is_written(kinds: UInt8, turns: NDArray[Any]) -> NDArray[np.bool_]:
+    """Bool (T,): tokens that the model itself must write, the learned kinds and marks (scaffold that belongs to a turn).
+
+    >>> is_written(np.array([0, 2, 0, 3, 7], np.uint8), np.array([-1, 0, 1, 1, 1])).astype(int)
+    array([0, 0, 1, 1, 1])
+    """
+    written: NDArray[np.bool_] = np.isin(kinds, LEARNED_KINDS) | ((kinds == Kind.SCAFFOLD) & (turns >= 0))
+    return written
+
+
 ROLES = ("system", "user", "assistant", "tool")
 
 

@@ -15,9 +15,25 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tutelage.records import Conversation, Dropped, Float32, Int64, Origin, Rendered, Rewrite, Sample, Score, Turn, UInt8, Verdict
+from tutelage.records import (
+    ROLES,
+    Conversation,
+    Dropped,
+    Float32,
+    Int32,
+    Int64,
+    Origin,
+    Rendered,
+    Rewrite,
+    Sample,
+    Score,
+    Turn,
+    UInt8,
+    Verdict,
+)
 
 R = TypeVar("R")
 _LABEL = pa.dictionary(pa.int32(), pa.string())
@@ -93,6 +109,16 @@ PLANNED = pa.schema(  # line i is example i of the plan
         ("multiplier", pa.float64()),  # on every token weight: source and row weights, normalisation
         ("weight", pa.float64()),  # total weight of its targets in one visit
         ("num_visits", pa.int32()),
+    ]
+)
+FINDINGS = pa.schema(  # what an audit found, one line per example (or record) and finding
+    [
+        ("finding", _LABEL),
+        ("source", _LABEL),
+        ("row", pa.int64()),
+        ("part", pa.int32()),
+        ("record", pa.string()),  # row_id
+        ("detail", pa.string()),
     ]
 )
 PLACEMENTS = pa.schema(  # sorted by (row, start)
@@ -237,6 +263,7 @@ class ConversationColumns:
     name: list[str | None] = field(default_factory=list)
     call_id: list[str | None] = field(default_factory=list)
     weight: list[float | None] = field(default_factory=list)
+    _sealed: list[pa.Array] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.line)
@@ -254,16 +281,44 @@ class ConversationColumns:
             for name in TURN.names:
                 getattr(self, name).append(getattr(turn, name))
 
+    def add_turns(self, columns: Iterable[Iterable[Any]]) -> None:
+        """Adds turns given as columns, in the order of the schema TURN."""
+        for name, values in zip(TURN.names, columns, strict=True):
+            getattr(self, name).extend(values)
+
+    def add_plain_turns(self, roles: list[str], contents: pa.StringArray) -> None:
+        """Adds turns of a role and a text only; texts in Arrow take half the memory."""
+        self._seal()
+        self._sealed.append(contents)
+        nothing = [None] * len(roles)
+        self.role += roles
+        for name in TURN.names[2:]:
+            getattr(self, name).extend(nothing)
+
+    def _seal(self) -> None:
+        if self.content or not self._sealed:
+            self._sealed.append(pa.array(self.content, pa.string()))
+            self.content = []
+
     def table(self) -> pa.Table:
         """The collected records under the schema CONVERSATIONS."""
-        turns = pa.StructArray.from_arrays([pa.array(getattr(self, f.name), f.type) for f in TURN], fields=list(TURN))
+        self._seal()
+        optional = [_column(getattr(self, f.name), f.type) for f in list(TURN)[2:]]
+        roles = _column(self.role, _LABEL).cast(pa.string())
+        turns = pa.StructArray.from_arrays([roles, pa.concat_arrays(self._sealed), *optional], fields=list(TURN))
         offsets = np.concatenate([[0], np.cumsum(self.num_turns, dtype=np.int64)]).astype(np.int32)
-        flat = [pa.array(getattr(self, f.name), _plain(f.type)).cast(f.type) for f in CONVERSATIONS if f.name != "turns"]
+        flat = [_column(getattr(self, f.name), f.type) for f in CONVERSATIONS if f.name != "turns"]
         return pa.table([*flat, pa.ListArray.from_arrays(pa.array(offsets), turns)], schema=CONVERSATIONS)
 
 
-def _plain(kind: pa.DataType) -> pa.DataType:
-    return pa.string() if pa.types.is_dictionary(kind) else kind
+def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """The values as an array; quick where all are null, or few are different."""
+    if pa.types.is_dictionary(kind):
+        codes = {label: code for code, label in enumerate(dict.fromkeys(values))}
+        several = np.fromiter(map(codes.__getitem__, values), np.int32, len(values)) if len(codes) > 1 else None
+        indices = np.zeros(len(values), np.int32) if several is None else several
+        return pa.DictionaryArray.from_arrays(indices, pa.array(list(codes), pa.string()))
+    return pa.nulls(len(values), kind) if values.count(None) == len(values) else pa.array(values, kind)
 
 
 @dataclass(frozen=True)
@@ -312,6 +367,85 @@ def _conversation(source: str, record: dict[str, Any]) -> Conversation:
         content_key=record["content_key"],
         prompt_key=record["prompt_key"],
     )
+
+
+@dataclass(frozen=True, slots=True)
+class TurnColumns:
+    """Consecutive records of one `conversations.parquet` as columns: R records from position `first_row`, T turns, flat.
+
+    `num_turns` i32 (R,); turns of record i are `offsets[i] : offsets[i + 1]` of every flat column. `role` u8 (T,) indexes
+    `records.ROLES`; `content` has T texts. `reasoning`, `tool_calls`, `name`, `call_id` have T entries, `tools` has R; each
+    is None where no turn (record) of the batch has one. `weight` f32 (T,) is nan where the data gives none, None without
+    any. `task_codes` i32 (R,) indexes `task_names`.
+    """
+
+    first_row: int
+    num_turns: Int32
+    role: UInt8
+    content: list[str]
+    reasoning: list[str | None] | None
+    tool_calls: list[str | None] | None
+    name: list[str | None] | None
+    call_id: list[str | None] | None
+    weight: Float32 | None
+    tools: list[str | None] | None
+    task_codes: Int32
+    task_names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.num_turns)
+
+    @property
+    def offsets(self) -> Int64:
+        """First turn of every record, and T: i64 (R + 1,)."""
+        return np.concatenate([[0], np.cumsum(self.num_turns, dtype=np.int64)])
+
+
+def read_turns(path: Path, *, batch_rows: int = 4096) -> Iterator[TurnColumns]:
+    """The turns of a `conversations.parquet`, at most `batch_rows` records at a time, without an object per record."""
+    first_row = 0
+    for batch in pq.ParquetFile(path).iter_batches(batch_rows, columns=["task", "tools", "turns"]):
+        turns = dict(zip(TURN.names, batch["turns"].flatten().flatten(), strict=True))
+        role = pc.index_in(turns["role"], value_set=pa.array(ROLES))
+        assert not role.null_count, "a turn has one of the roles in records.ROLES"
+        weight = turns["weight"]
+        yield TurnColumns(
+            first_row=first_row,
+            num_turns=np.diff(batch["turns"].offsets.to_numpy()).astype(np.int32, copy=False),
+            role=role.to_numpy().astype(np.uint8),
+            content=turns["content"].to_numpy(zero_copy_only=False).tolist(),
+            reasoning=_texts(turns["reasoning"]),
+            tool_calls=_texts(turns["tool_calls"]),
+            name=_texts(turns["name"]),
+            call_id=_texts(turns["call_id"]),
+            weight=None if weight.null_count == len(weight) else weight.to_numpy(zero_copy_only=False),
+            tools=_texts(batch["tools"]),
+            task_codes=batch["task"].indices.to_numpy(),
+            task_names=batch["task"].dictionary.to_pylist(),
+        )
+        first_row += batch.num_rows
+
+
+def _texts(column: pa.Array) -> list[str | None] | None:
+    if column.null_count == len(column):
+        return None
+    texts: list[str | None] = column.to_numpy(zero_copy_only=False).tolist()
+    return texts
+
+
+def records_at(path: Path, rows: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """Records of a `conversations.parquet` by position: file, line, part, turns; only the row groups that hold them are read."""
+    out: dict[int, dict[str, Any]] = {}
+    wanted = np.unique(np.array(rows, np.int64))
+    file, first = pq.ParquetFile(path), 0
+    for group in range(file.metadata.num_row_groups):
+        end = first + file.metadata.row_group(group).num_rows
+        here = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, end)]
+        if len(here):
+            table = file.read_row_group(group, columns=["file", "line", "part", "turns"])
+            out |= dict(zip(here.tolist(), table.take(pa.array(here - first)).to_pylist(), strict=True))
+        first = end
+    return out
 
 
 def apply_rewrites(conversation: Conversation, rewrites: Sequence[Rewrite]) -> Conversation:
@@ -409,10 +543,14 @@ class RenderedWriter:
     def write(self, examples: pa.Table, rendered: Sequence[Rendered]) -> None:
         """Appends examples; `examples` has one line for each."""
         assert examples.num_rows == len(rendered), "one line per example"
+        parts = {name: [getattr(r, name) for r in rendered] for name, _ in self._ARRAYS}
+        self.write_arrays(examples, **{name: np.concatenate(some) if some else np.zeros(0) for name, some in parts.items()})
+
+    def write_arrays(self, examples: pa.Table, **arrays: np.ndarray) -> None:
+        """Appends examples whose `ids`, `kinds`, `turns` and `turn_weights` lie end to end."""
         for name, dtype in self._ARRAYS:
-            parts = [getattr(r, name) for r in rendered]
-            array = np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
-            self._files[name].write(array.tobytes())
+            array = np.ascontiguousarray(arrays[name], dtype)
+            self._files[name].write(array.data)
             self._lengths[name] += len(array)
         self._examples.write_table(examples.cast(EXAMPLES))
 

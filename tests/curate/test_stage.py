@@ -125,6 +125,22 @@ def test_copies_are_equal_after_rewriting_and_the_first_source_of_the_recipe_win
     assert [d.reason for d in read_dropped(made.file("dropped.parquet"))] == ["exact_duplicate"]
 
 
+def test_where_all_copies_may_stay_the_account_is_that_of_comparing_them(store: Store) -> None:
+    """Kills a short cut that forgets what the screens dropped, or that is taken although a held-out record could leak."""
+    spec = CurateSpec(rules=RULES, exact_duplicates="keep", near_duplicates=None)
+    made = make(store, curate(spec=spec)["copies"])
+    assert made.manifest["counts"] == {"in": 5, "out": 5, "dropped": {}}
+    assert read_verdicts(made.file("verdicts.parquet")) == []
+    leak = make(store, curate(spec=spec, held_out={"b": 0})["copies"])
+    assert leak.manifest["counts"] == {"in": 5, "out": 4, "dropped": {"leak": 1}}
+
+
+def test_a_screen_without_rules_lets_all_through(store: Store) -> None:
+    """Kills a short cut that counts no record in."""
+    made = make(store, curate(spec=CurateSpec(rules=()))["screen b"])
+    assert made.manifest["counts"] == {"in": 3, "out": 3, "dropped": {}}
+
+
 def test_what_a_screen_dropped_does_not_shadow_a_good_copy(store: Store) -> None:
     """Kills dropping both copies: one by its screen, the other as its duplicate."""
     texts: Texts = {"b": [("Hi", "one two three")], "a": [("Hi", "one two three")]}

@@ -26,13 +26,13 @@ def chat(*contents: str, weights: list[float] | None = None) -> Rendered:
         role = "user" if turn % 2 == 0 else "assistant"
         ids.append(IM_START)
         kinds.append(Kind.SCAFFOLD)
-        turns.append(turn)
-        put(f"{role}\n", Kind.SCAFFOLD, turn)
+        turns.append(-1)
+        put(f"{role}\n", Kind.SCAFFOLD, -1)
         put(content, KIND_OF[role], turn)
         ids.append(IM_END)
         kinds.append(Kind.STOP if role == "assistant" else Kind.SCAFFOLD)
-        turns.append(turn)
-        put("\n", Kind.SCAFFOLD, turn)
+        turns.append(turn if role == "assistant" else -1)
+        put("\n", Kind.SCAFFOLD, -1)
     return Rendered(
         np.array(ids, np.int32),
         np.array(kinds, np.uint8),

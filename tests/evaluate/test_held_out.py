@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from chats import chat
@@ -130,10 +132,13 @@ def test_a_first_token_is_never_a_target() -> None:
 
 @pytest.mark.parametrize("kind", list(Kind))
 def test_what_counts_is_what_the_model_must_write(kind: Kind) -> None:
-    """Kills: forgetting reasoning or tool calls; measuring tool results or user text."""
+    """Kills: forgetting reasoning, tool calls or the marks around them; measuring tool results, user text or the template."""
     kinds = np.array([Kind.USER, kind], np.uint8)
     example = Rendered(np.array([1, 2], np.int32), kinds, np.array([0, 1], np.int16), np.ones(2, np.float32))
-    assert num_targets(example) == (1 if kind in LEARNED_KINDS else 0)
+    is_mark = kind == Kind.SCAFFOLD
+    assert num_targets(example) == (1 if kind in LEARNED_KINDS or is_mark else 0)
+    if is_mark:
+        assert num_targets(dataclasses.replace(example, turns=np.array([0, -1], np.int16))) == 0
 
 
 def test_tokens_of_no_turn_do_not_borrow_the_last_turns_weight() -> None:

@@ -33,12 +33,13 @@ def test_a_prompt_is_what_the_chat_template_gives_for_generation(turns: tuple[st
     assert tokenizer.decode(reference) == turns[-1]
 
 
-def test_the_reference_goes_to_the_stop_with_what_stands_between() -> None:
-    """Kills: a reference that loses the text between reasoning and answer, or holds the stop and what follows."""
-    kinds = [Kind.USER, Kind.SCAFFOLD, Kind.REASONING, Kind.SCAFFOLD, Kind.ASSISTANT, Kind.STOP, Kind.STOP, Kind.SCAFFOLD]
-    turns = np.array([0, 1, 1, 1, 1, 1, 1, 1], np.int16)
-    example = Rendered(np.arange(8, dtype=np.int32), np.array(kinds, np.uint8), turns, np.ones(2, np.float32))
-    assert cut_prompt(example) == ([0, 1], [2, 3, 4])
+def test_the_reference_goes_from_the_first_mark_to_the_stop_with_what_stands_between() -> None:
+    """Kills: a prompt that already holds `<think>`; a reference that loses the marks, or holds the stop and what follows."""
+    S, answer = Kind.SCAFFOLD, Kind.ASSISTANT
+    kinds = [Kind.USER, S, S, Kind.REASONING, S, answer, Kind.STOP, Kind.STOP, S]  # the second and third scaffold are marks
+    turns = np.array([0, -1, 1, 1, 1, 1, 1, 1, -1], np.int16)
+    example = Rendered(np.arange(9, dtype=np.int32), np.array(kinds, np.uint8), turns, np.ones(2, np.float32))
+    assert cut_prompt(example) == ([0, 1], [2, 3, 4, 5])
 
 
 def test_examples_that_cannot_be_prompts_are_passed_over() -> None:

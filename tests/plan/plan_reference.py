@@ -9,7 +9,15 @@ import numpy as np
 
 from tutelage.records import Kind, Rendered
 
-LAYOUT = {"s": Kind.SCAFFOLD, "y": Kind.SYSTEM, "u": Kind.USER, "a": Kind.ASSISTANT, "r": Kind.REASONING, "e": Kind.STOP}
+LAYOUT = {
+    "s": Kind.SCAFFOLD,
+    "m": Kind.SCAFFOLD,
+    "y": Kind.SYSTEM,
+    "u": Kind.USER,
+    "a": Kind.ASSISTANT,
+    "r": Kind.REASONING,
+    "e": Kind.STOP,
+}
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -46,11 +54,12 @@ def water_filling(weights: Mapping[str, int], total: int, caps: Mapping[str, int
 def example(layout: str, *, first_id: int = 10, turn_weights: Sequence[float] | None = None) -> Rendered:
     """An example from one letter per token, ids counting up; a turn ends where a space stands.
 
-    `example("su sae")`: scaffold and user in turn 0, then scaffold, assistant, stop in turn 1.
+    `example("su smae")`: user in turn 0, then mark (scaffold of its turn), assistant, stop in turn 1; `s` is of no turn.
     """
-    turns = [turn for turn, part in enumerate(layout.split(" ")) for _ in part]
+    parts = layout.split(" ")
+    turns = [-1 if letter == "s" else turn for turn, part in enumerate(parts) for letter in part]
     kinds = [LAYOUT[letter] for letter in layout if letter != " "]
-    weights = np.ones(turns[-1] + 1) if turn_weights is None else np.asarray(turn_weights)
+    weights = np.ones(len(parts)) if turn_weights is None else np.asarray(turn_weights)
     return Rendered(
         np.arange(first_id, first_id + len(kinds), dtype=np.int32),
         np.array(kinds, np.uint8),

@@ -16,6 +16,7 @@ from tutelage.plan.weights import shift_targets, weigh_examples, weigh_tokens
 from tutelage.records import NO_TARGET, Kind, Rendered
 
 TWO_TURNS = example("yy su sae su srraae")
+MARKED = example("su smrmaae su sae su smrme")
 RULES: list[LossRule] = [
     ResponseLoss(),
     InstructionModelling(),
@@ -23,6 +24,9 @@ RULES: list[LossRule] = [
     LastResponse(),
     PromptWeight(prompt_weight=0.25),
     KindWeights(weights={"assistant": 1.0, "stop": 2.0, "user": 0.5}),
+    *(rule(turns="last") for rule in (ResponseLoss, InstructionModelling)),
+    PromptWeight(prompt_weight=0.25, turns="last"),
+    KindWeights(weights={"assistant": 0.5, "scaffold": 0.25, "user": 0.5}, turns="last"),
 ]
 
 
@@ -62,6 +66,44 @@ def test_full_prompt_weight_and_kinds_do_as_they_say() -> None:
     assert trained(TWO_TURNS, FullLoss()) == "1" * 15
     assert trained(TWO_TURNS, PromptWeight(prompt_weight=0.25)) == "++.+.11.+.11111"
     assert trained(TWO_TURNS, KindWeights(weights={"reasoning": 1.0, "stop": 2.0})) == "......+...11..+"
+
+
+#                 s u s m r m a a e s u s a e s u s m r m e
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (ResponseLoss(), "...111111...11...1111"),
+        (InstructionModelling(), ".1.111111.1.11.1.1111"),
+        (FullLoss(), "1" * 21),
+        (LastResponse(), ".................1111"),
+        (PromptWeight(prompt_weight=0.5), ".+.111111.+.11.+.1111"),
+        (KindWeights(weights={"assistant": 1.0, "scaffold": 0.5}), "+.+1.111.+.+1.+.+1.1."),
+        (KindWeights(weights={"reasoning": 1.0, "scaffold": 0.5}), "+.+.1....+.+..+.+.1.."),
+    ],
+)
+def test_marks_weigh_what_answers_weigh(rule: LossRule, expected: str) -> None:
+    """Kills marks left to the scaffold (a model that never writes `</think>`), and prompts' scaffold taken for marks."""
+    assert trained(MARKED, rule) == expected
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (ResponseLoss(turns="last"), ".................1111"),
+        (InstructionModelling(turns="last"), ".1........1....1.1111"),
+        (PromptWeight(prompt_weight=0.5, turns="last"), ".+........+....+.1111"),
+        (KindWeights(weights={"assistant": 1.0, "user": 1.0, "scaffold": 0.5}, turns="last"), "+1+......+1+..+1+1.1."),
+    ],
+)
+def test_turns_last_silences_earlier_answers_and_no_prompt(rule: LossRule, expected: str) -> None:
+    """Kills `last` that takes the user's weight away too, and marks of earlier turns that stay."""
+    assert trained(MARKED, rule) == expected
+
+
+def test_turns_last_of_response_is_last_response() -> None:
+    """Kills two rules of one meaning drifting apart."""
+    for rendered in (TWO_TURNS, MARKED, example("su sae su")):
+        assert trained(rendered, ResponseLoss(turns="last")) == trained(rendered, LastResponse())
 
 
 @pytest.mark.parametrize(
@@ -112,20 +154,24 @@ def plainly(rendered: Rendered, rule: LossRule) -> np.ndarray:
     answered = [turn for kind, turn in zip(rendered.kinds, rendered.turns, strict=True) if kind in answers]
     out = []
     for kind, turn in zip(rendered.kinds, rendered.turns, strict=True):
+        is_mark = kind == Kind.SCAFFOLD and turn >= 0
+        own = kind in answers or is_mark
         match rule:
-            case ResponseLoss():
-                weight = float(kind in answers)
+            case ResponseLoss() | LastResponse():
+                weight = float(own)
             case InstructionModelling():
-                weight = float(kind in answers or kind == Kind.USER)
+                weight = float(own or kind == Kind.USER)
             case FullLoss():
                 weight = 1.0
-            case LastResponse():
-                weight = float(kind in answers and turn == max(answered))
             case PromptWeight():
-                weight = rule.prompt_weight if kind in (Kind.USER, Kind.SYSTEM) else float(kind in answers)
+                weight = rule.prompt_weight if kind in (Kind.USER, Kind.SYSTEM) else float(own)
             case KindWeights():
-                weight = {Kind[name.upper()]: w for name, w in rule.weights.items()}.get(kind, 0.0)
-        out.append(weight * rendered.turn_weights[turn])
+                name = Kind(Kind.ASSISTANT if is_mark else kind).name.lower()
+                weight = {str(key): value for key, value in rule.weights.items()}.get(name, 0.0)
+        last_only = isinstance(rule, LastResponse) or getattr(rule, "turns", "all") == "last"
+        if last_only and own and turn != max(answered, default=-2):
+            weight = 0.0
+        out.append(weight * (rendered.turn_weights[turn] if turn >= 0 else 1.0))
     return np.array(out, np.float32)
 
 

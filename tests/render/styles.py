@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -106,12 +107,46 @@ def _pieces(*, prepends: bool = True) -> Tokenizer:
     return backend
 
 
+def _patterned() -> Tokenizer:
+    """As tiktoken's vocabularies are: a pattern cuts the text, then byte-level BPE; it keeps line ends and a full stop together."""
+    backend = _bytes()
+    pattern = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    return backend
+
+
+def _gpt2() -> Tokenizer:
+    """As GPT-2's: its own pattern, which cuts between two line ends that words follow."""
+    backend = _bytes()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    return backend
+
+
+def _whole() -> Tokenizer:
+    """As Gemma's: `▁` for spaces, none in front."""
+    backend = _pieces()
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return backend
+
+
+_BACKENDS: dict[str, Callable[[], Tokenizer]] = {
+    "characters": _characters,
+    "bytes": _bytes,
+    "pieces": _pieces,
+    "metaspace": lambda: _pieces(prepends=False),
+    "tiktoken": _patterned,
+    "gpt2": _gpt2,
+    "whole": _whole,
+}
+
+
 @cache
 def reference(kind: str, template: str, eos: str) -> PreTrainedTokenizerFast:
     """The tokenizer as transformers has it."""
-    backend = {"characters": _characters, "bytes": _bytes, "pieces": _pieces, "metaspace": lambda: _pieces(prepends=False)}[
-        kind
-    ]()
+    backend = _BACKENDS[kind]()
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -46,6 +46,49 @@ def test_white_space_belongs_to_the_message_only_where_the_template_keeps_it():
     assert _spans(half, chat) == [(0, "USER", "  q\n"), (1, "ASSISTANT", " a ")]
 
 
+def test_where_a_text_comes_from_is_told_for_each_piece():
+    """Kills pieces without their place in the message, with which order and repetition could not be judged."""
+    template = ChatTemplate(THINKING)
+    traced = trace(template.render, _chat("q", "<think>so</think>five"), literals=template.literals)
+    pieces = [(traced.text[s.start : s.end], s.source_start, s.source_end) for s in traced.spans]
+    assert pieces == [("q", 0, 1), ("so", 7, 9), ("five", 17, 21)]
+
+
+@pytest.mark.parametrize(
+    ("printed", "shown"),
+    [
+        ("{{ c.arguments }}", "{'word': 'fünf', 'n': 3}"),
+        ("{{ c.arguments | string | upper }}", "{'WORD': 'FÜNF', 'N': 3}"),
+        ("{{ c.arguments | tojson(ensure_ascii=true) }}", '{"word": "f\\u00fcnf", "n": 3}'),
+        ("{{ {'x': c.arguments | tojson(ensure_ascii=true)} | tojson(ensure_ascii=true) }}", None),
+    ],
+)
+def test_arguments_printed_with_escapes_are_traced(printed, shown):
+    """Kills sentinels that turn into escapes when a template prints Python or ASCII JSON."""
+    text = f"{{% for m in messages %}}{{{{ m.content }}}}{{% for t in m.tool_calls or [] %}}{{% set c = t.function %}}{printed}{{% endfor %}}{{% endfor %}}"
+    call = [{"function": {"name": "f", "arguments": {"word": "fünf", "n": 3}}}]
+    traced = trace(
+        ChatTemplate(text).render, [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": call}]
+    )
+    (span,) = [span for span in traced.spans if span.part.kind == Kind.TOOL_CALL]
+    assert "nf" in traced.text[span.start : span.end].lower()
+    assert shown is None or traced.text == "q" + shown
+
+
+def test_a_template_that_looks_tools_up_by_name_keeps_their_names():
+    """Kills marks inside names, with which the template does not find its tools."""
+    text = (
+        "{% for m in messages %}{{ m.content }}{% for t in m.tool_calls or [] %}"
+        "{% if t.function.name in tools | map(attribute='function.name') %}{{ t.function.name + t.function.arguments.word }}"
+        "{% else %}unknown tool{% endif %}{% endfor %}{% endfor %}"
+    )
+    tools = [{"function": {"name": "f"}}]
+    call = [{"function": {"name": "f", "arguments": {"word": "five"}}}]
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": call}]
+    traced = trace(lambda these: ChatTemplate(text).render(these, tools=tools), chat)
+    assert traced.text == "qffive" and [traced.text[s.start : s.end] for s in traced.spans] == ["q", "five"]
+
+
 def test_a_merged_system_turn_keeps_its_kind():
     assert _spans(GEMMA, _chat("q", "a", system="s")) == [(0, "SYSTEM", "s"), (1, "USER", "q"), (2, "ASSISTANT", "a")]
 
@@ -115,20 +158,6 @@ def _cells(text, chat, end="<|im_end|>", **more):
     edges = [0, *made.cells.ends]
     texts = [made.text[a:b] for a, b in itertools.pairwise(edges)]
     return [(Kind(k).name, t, text) for k, t, text in zip(made.cells.kinds, made.cells.turns, texts, strict=True)]
-
-
-def test_reasoning_and_calls_take_the_marks_around_them():
-    """Kills leaving `</think>` or the braces of a call to the scaffold: a model has to write them."""
-    call = [{"type": "function", "id": "1", "function": {"name": "add", "arguments": {"a": "x"}}}]
-    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "r", "tool_calls": call}]
-    cells = _cells(THINKING, chat)
-    joined = {}
-    for kind, _, text in cells:
-        joined[kind] = joined.get(kind, "") + text
-    assert joined["REASONING"] == "<think>\nr\n</think>\n\n"
-    assert joined["ASSISTANT"] == "a"
-    assert joined["TOOL_CALL"] == '\n<call>{"name": "add", "arguments": {"a": "x"}}</call>'
-    assert cells[-2:] == [("STOP", 1, "<|im_end|>"), ("SCAFFOLD", -1, "\n")]
 
 
 def test_an_empty_reasoning_block_of_the_template_is_scaffold():

@@ -129,3 +129,49 @@ def test_a_template_file_counts_by_its_text(tmp_path):
         stage = render_stage(read, tokenizer=tokenizer, spec=RenderSpec(template=name), base=tmp_path, store=store)
         keys.append(stage.key)
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_an_engine_found_wrong_in_a_later_batch_starts_the_source_again(tmp_path, monkeypatch):
+    """Kills a file that keeps what the wrong engine wrote, and a restart that appends to it."""
+    from render.test_engines import _Lying
+    from tutelage.render import examples, stage
+    from tutelage.render.engines import Chosen, Reference
+
+    texts = [("q", "plain")] * 4 + [("quark", "hi")]
+    read, tokenizer, _ = _boxes(texts)
+
+    def rendered(folder, engine):
+        monkeypatch.setattr(examples, "choose_engine", lambda opened, **_: engine(opened))
+        store = Store(folder)
+        box = render_stage(read, tokenizer=tokenizer, spec=RenderSpec(), base=tmp_path, store=store)
+        return _produce(store, box, read=read, tokenizer=tokenizer)
+
+    monkeypatch.setattr(stage, "BATCH_TEXTS", 2)
+    right = rendered(tmp_path / "a", lambda o: Chosen(Reference(o.backend), Reference(o.backend), ""))
+    found = rendered(tmp_path / "b", lambda o: Chosen(_Lying(o.backend, "quark"), Reference(o.backend), ""))
+    assert found.facts["tokenizer_engine"]["name"] == "tokenizers"
+    assert "quark" in found.facts["tokenizer_engine"]["why"]
+    assert RenderedSet(found.path).ids.tolist() == RenderedSet(right.path).ids.tolist()
+    assert RenderedSet(found.path).examples.equals(RenderedSet(right.path).examples)
+    assert found.manifest["counts"] == right.manifest["counts"]
+
+
+def test_windows_and_lost_exchanges_are_in_the_account(tmp_path):
+    """Kills windows counted as records, and a lost exchange that no file lists."""
+    store = Store(tmp_path / "store")
+
+    def build(folder, inputs, progress):
+        turns = (Turn("user", "q"), Turn("assistant", "a" * 99), Turn("user", "p"), Turn("assistant", "b"))
+        columns = ConversationColumns()
+        columns.append(Conversation(Origin("s", "f.jsonl", 7), turns, "maths", "MIT", "human", None, bytes(16), bytes(16)))
+        write_table(folder / "conversations.parquet", columns.table())
+        return Outcome(Counts(1, 1))
+
+    read = Stage("read", 1, {"what": "windows"}, build, slot="s")
+    _, tokenizer, _ = _boxes(TEXTS)
+    spec = RenderSpec(max_tokens=60, overlong="split")
+    stage = render_stage(read, tokenizer=tokenizer, spec=spec, base=tmp_path, store=store)
+    made = _produce(store, stage, read=read, tokenizer=tokenizer)
+    assert made.manifest["counts"] == {"in": 1, "out": 1, "dropped": {}}
+    assert (made.facts["windows"], made.facts["lost_examples"]) == (1, 1)
+    assert [(d.line, d.reason) for d in read_dropped(made.path / "lost.parquet")] == [(7, "overlong")]

@@ -55,7 +55,7 @@ def _label(tokens, cells):
     starts, ends = (np.array(column, np.int64) for column in zip(*tokens, strict=True))
     made = Encoded(np.arange(len(tokens)), starts, ends, np.array([len(tokens)]), ends[-1:], np.array([True]))
     cell_ends, kinds = (np.array(column) for column in zip(*cells, strict=True))
-    out = label(made, cell_ends, kinds.astype(np.uint8), np.zeros(len(kinds), np.int16))
+    out = label(made, cell_ends, kinds.astype(np.uint8), np.where(kinds == Kind.SCAFFOLD, -1, 0).astype(np.int16))
     return [Kind(k).name[:2] for k in out.kinds], out.tokens_per_cell.tolist()
 
 

@@ -83,6 +83,7 @@ def fake_report(seed: int = 0) -> ReportData:
         },
         licences={"MIT": 2100, "CC-BY-4.0": 620, "CC-BY-SA-3.0": 800, "Apache-2.0": 240},
         origins={"human": 3760},
+        audit=_audit("maths", "maths/data/maths.jsonl:17"),
         base_model="bundled:smollm2-135m",
         adapter="lora",
     )
@@ -111,8 +112,19 @@ def hostile_report() -> ReportData:
         accounts=(Account(h, "k" * 32, 3, 1, {h: 2}, 1.0, "", {h: h}),),
         train_facts={h: h},
         licences={h: 1},
+        audit=_audit(h, h),
         base_model=h,
     )
+
+
+def _audit(source: str, record: str) -> dict[str, object]:
+    """A warning in one source, and how much of it is learned."""
+    part = {"source": source, "severity": "warning", "num": 3, "of": 40, "share": 0.075, "records": [record], "details": [""]}
+    finding = {"finding": "unfinished_answer", "severity": "warning", "unit": "record", "num": 3, "sources": [part]}
+    share = {"total": 0.41, "mean": 0.4, "quantiles": {"5": 0.1, "50": 0.4, "95": 0.8}}
+    measured = {"num_examples": 40, "num_records": 40, "num_with_system": 10, "num_tokens": 9000, "supervised_share": share}
+    words = {"means": "it breaks off", "remedy": f"look at {record}"}
+    return {"passes": True, "findings": [finding | words], "sources": {source: measured}}
 
 
 def planned_only(seed: int = 0) -> ReportData:

@@ -93,7 +93,7 @@ def test_the_page_names_no_address_outside_itself(full):
 def test_sections_come_in_the_order_in_which_questions_arise(full):
     """Kills: a page that buries the verdict."""
     ids = [attrs["id"] for attrs in Outline(full).all("section")]
-    assert ids == ["verdict", "data", "mixture", "training", "samples", "examples", "provenance"]
+    assert ids == ["verdict", "data", "mixture", "audit", "training", "samples", "examples", "provenance"]
 
 
 def test_headings_captions_and_pictures_serve_those_who_do_not_see(full):
@@ -116,6 +116,7 @@ def test_everything_is_in_the_text_without_scripts(full):
         assert task.task in text
     assert data.dropped[0].shown[0].excerpt in text and data.recipe_text in text
     assert data.samples[0].after.output in text
+    assert "warning, unfinished answer: it breaks off." in text and "maths/data/maths.jsonl:17" in text
     assert "".join(run.text for run in data.examples[-1].runs if run.kind == "assistant") in text
 
 
@@ -123,7 +124,7 @@ def test_a_run_that_is_only_planned_makes_a_page_without_empty_sections():
     """Kills: headings over nothing; a verdict about a training that never was."""
     text = page.render_page(planned_only())
     ids = [attrs["id"] for attrs in Outline(text).all("section")]
-    assert ids == ["verdict", "data", "mixture", "examples", "provenance"]
+    assert ids == ["verdict", "data", "mixture", "audit", "examples", "provenance"]
     assert "Nothing is trained yet" in text and "realised in training" not in text
 
 

@@ -23,6 +23,8 @@ def test_every_table_of_a_report_has_one_text_per_column_and_survives_json():
         tables.accounting_table(data.accounts),
         tables.flow_table(data.flows),
         tables.steps_table(data.plan_facts),
+        tables.finding_table(data.audit["findings"]),
+        tables.supervision_table({**data.audit["sources"], "none": {"num_examples": 0, "num_records": 0, "num_with_system": 0}}),
     ]
     for table in made:
         assert all(len(row) == len(table.columns) for row in table.texts())

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 from tutelage.curate.boilerplate import rewrites_of
 from tutelage.curate.copies import Copies
 from tutelage.curate.rules import judge
@@ -57,8 +59,10 @@ def screen_stage(read: Stage, *, rewrite: Stage | None, rules: Sequence[Rule]) -
     judging = [rule for rule in rules if not isinstance(rule, StripBoilerplate)]
 
     def build(folder: Path, inputs: Mapping[str, Artefact], progress: Progress) -> Outcome:
-        texts = _Texts.open(read.slot, inputs["read"], inputs.get("rewrite"))
         outlet = _Outlet()
+        if not judging:
+            return outlet.close(folder, num_in=_num_records(inputs["read"]))
+        texts = _Texts.open(read.slot, inputs["read"], inputs.get("rewrite"))
         for row, conversation in texts.reported(f"screen {read.slot}", progress):
             for verdict in judge(conversation, row, judging):
                 outlet.add(verdict, conversation)
@@ -84,13 +88,16 @@ def copies_stage(
     order = list(reads)
 
     def build(folder: Path, inputs: Mapping[str, Artefact], progress: Progress) -> Outcome:
-        texts = {name: _Texts.open(name, inputs[f"read {name}"], inputs.get(f"rewrite {name}")) for name in order}
         held_out = _held_out_rows(inputs["split"])
+        screened = {name: _screened_rows(inputs[f"screen {name}"]) for name in order}
+        if spec.near_duplicates is None and spec.exact_duplicates == "keep" and not any(held_out.values()):
+            num_in = sum(_num_records(inputs[f"read {name}"]) - len(screened[name]) for name in order)
+            return _Outlet().close(folder, num_in=num_in)  # all copies may stay, and none can leak
+        texts = {name: _Texts.open(name, inputs[f"read {name}"], inputs.get(f"rewrite {name}")) for name in order}
         copies = Copies(spec, lambda source, row: texts[source].at(row))
         for name in order:
-            screened = {v.row for v in read_verdicts(inputs[f"screen {name}"].file("verdicts.parquet")) if not v.keep}
             for row, conversation in texts[name].reported(f"compare {name}", progress):
-                if row not in screened:
+                if row not in screened[name]:
                     copies.add(conversation, row, is_held_out=row in held_out[name])
         progress.start("copies", len(copies.entries), "records")
         outlet = _Outlet()
@@ -166,12 +173,20 @@ def _reported(conversations: Conversations, label: str, progress: Progress) -> I
 
 
 def _held_out_rows(split: Artefact) -> Mapping[str, set[int]]:
-    columns = read_table(split.file("split.parquet"), SPLIT).to_pydict()
+    table = read_table(split.file("split.parquet"), SPLIT)
+    held_out = table.filter(table["is_held_out"]).select(["source", "row"]).to_pydict()
     rows: dict[str, set[int]] = defaultdict(set)
-    for source, row, is_held_out in zip(columns["source"], columns["row"], columns["is_held_out"], strict=True):
-        if is_held_out:
-            rows[source].add(row)
+    for source, row in zip(held_out["source"], held_out["row"], strict=True):
+        rows[source].add(row)
     return rows
+
+
+def _screened_rows(screen: Artefact) -> set[int]:
+    return {verdict.row for verdict in read_verdicts(screen.file("verdicts.parquet")) if not verdict.keep}
+
+
+def _num_records(read: Artefact) -> int:
+    return int(pq.read_metadata(read.file("conversations.parquet")).num_rows)
 
 
 def _excerpt(conversation: Conversation) -> str:

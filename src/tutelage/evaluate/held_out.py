@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tutelage.errors import PlanError
-from tutelage.records import LEARNED_KINDS, NO_TARGET, Int64, Rendered
+from tutelage.records import NO_TARGET, Int64, Rendered, is_written
 from tutelage.tables import HELD_OUT, Shards, read_table
 
 
@@ -52,14 +52,14 @@ class HeldOut:
 
 
 def is_learned(example: Rendered) -> NDArray[np.bool_]:
-    """Bool [T]: tokens that the model itself must produce, in a turn that the data does not exclude.
+    """Bool [T]: tokens that the model itself must produce, marks included, in a turn that the data does not exclude.
 
     >>> kinds = np.array([0, 2, 3, 7, 3, 7], np.uint8)                     # scaffold user answer stop answer stop
-    >>> turns = np.array([0, 0, 1, 1, 2, 2], np.int16)
+    >>> turns = np.array([-1, 0, 1, 1, 2, 2], np.int16)
     >>> is_learned(Rendered(np.arange(6, dtype=np.int32), kinds, turns, np.array([1, 0, 2], np.float32))).astype(int)
     array([0, 0, 0, 0, 1, 1])
     """
-    is_own = np.isin(example.kinds, LEARNED_KINDS)
+    is_own = is_written(example.kinds, example.turns)
     has_weight = np.append(example.turn_weights > 0, True)  # turn -1 reads the appended entry: no turn, nothing excluded
     learned: NDArray[np.bool_] = is_own & has_weight[example.turns]
     return learned

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tutelage.evaluate.held_out import HeldOut, seeded_order
-from tutelage.records import LEARNED_KINDS, Kind, Rendered, Sample, Score
+from tutelage.records import Kind, Rendered, Sample, Score, is_written
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ def cut_prompt(example: Rendered) -> tuple[list[int], list[int]] | None:
         prompt     < u q . < a >              reference  4 2
 
     >>> kinds = [0, 0, 2, 0, 0, 0, 0, 3, 3, 7]
-    >>> turns = [0, 0, 0, 0, 1, 1, 1, 1, 1, 1]
+    >>> turns = [-1, 0, 0, -1, -1, -1, -1, 1, 1, 1]
     >>> ids, ones = np.arange(10, dtype=np.int32), np.ones(2, np.float32)
     >>> cut_prompt(Rendered(ids, np.array(kinds, np.uint8), np.array(turns, np.int16), ones))
     ([0, 1, 2, 3, 4, 5, 6], [7, 8])
     """
-    own = np.flatnonzero(np.isin(example.kinds, LEARNED_KINDS))
+    own = np.flatnonzero(is_written(example.kinds, example.turns))
     if len(own) == 0:
         return None
     places = own[example.turns[own] == example.turns[own[-1]]]

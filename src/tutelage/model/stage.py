@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,9 +53,35 @@ def tokenizer_stage(name: str, *, model: Stage, store: Store) -> Stage:
         found = [origin / file for file in TOKENIZER_FILES if (origin / file).is_file()]
         for path in found:
             shutil.copyfile(path, folder / path.name)
-        return Outcome(_ONE, {"files": [path.name for path in found]})
+        kept = _keep_opened(folder)
+        return Outcome(_ONE, {"files": [path.name for path in found], "kept_opened": kept})
 
-    return Stage("tokenizer", 1, {"files": files}, build, inputs=inputs)
+    return Stage("tokenizer", 2, {"files": files}, build, inputs=inputs, packages=("tokenizers", "transformers"))
+
+
+def _keep_opened(folder: Path) -> bool:
+    """Keeps the tokenizer as `AutoTokenizer` opens it, which takes seconds, unless its class leaves tokenizer.json alone."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if (folder / "tokenizer.json").exists() and config.get("tokenizer_class") in AS_IS_CLASSES:
+        return False
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None:
+        return False
+    backend.no_truncation()
+    backend.no_padding()
+    template = loaded.chat_template
+    templates = {"default": template} if isinstance(template, str) else dict(template or {})
+    kept = {"backend": backend.to_str(), "special_tokens": dict(loaded.special_tokens_map), "templates": templates}
+    (folder / OPENED).write_text(json.dumps(kept), encoding="utf-8")
+    return True
+
+
+OPENED = "opened_tokenizer.json"
+AS_IS_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def model_folder(artefact: Artefact) -> Path:

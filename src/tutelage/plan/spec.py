@@ -74,12 +74,16 @@ class ResponseLoss(Spec):
     """Answers and their stop tokens."""
 
     kind: Literal["response"] = "response"
+    turns: Literal["all", "last"] = "all"
+    """`last`: of what the model writes, only the last answered turn counts."""
 
 
 class InstructionModelling(Spec):
     """User and assistant text and stops, no template tokens (arXiv 2405.14394, equation 4)."""
 
     kind: Literal["instruction_modelling"] = "instruction_modelling"
+    turns: Literal["all", "last"] = "all"
+    """`last`: of what the model writes, only the last answered turn counts; user text counts as before."""
 
 
 class FullLoss(Spec):
@@ -89,7 +93,7 @@ class FullLoss(Spec):
 
 
 class LastResponse(Spec):
-    """The last assistant turn and its stop."""
+    """The last assistant turn and its stop: `response` with `turns: last`."""
 
     kind: Literal["last_response"] = "last_response"
 
@@ -99,7 +103,9 @@ class KindWeights(Spec):
 
     kind: Literal["weights"] = "weights"
     weights: dict[KindName, Annotated[float, Field(ge=0.0)]]
-    """Kind to weight."""
+    """Kind to weight. What the template writes inside an answer (`<think>`, `<tool_call>`) weighs what `assistant` does."""
+    turns: Literal["all", "last"] = "all"
+    """`last`: of what the model writes, only the last answered turn counts; other kinds count as before."""
 
 
 class PromptWeight(Spec):
@@ -108,6 +114,8 @@ class PromptWeight(Spec):
     kind: Literal["prompt_weight"] = "prompt_weight"
     prompt_weight: float = Field(ge=0.0)
     """Weight of a prompt token."""
+    turns: Literal["all", "last"] = "all"
+    """`last`: of what the model writes, only the last answered turn counts; prompts count as before."""
 
 
 LossRule = Annotated[

@@ -1,5 +1,8 @@
 """Weights: from what each token *is* to how much it counts, and the one shift to next-token targets.
 
+Scaffold that belongs to a turn is a mark: `<think>`, `<tool_call>`, what the template writes inside an answer. The model has
+to write it, so in every rule it weighs what ASSISTANT weighs.
+
 The weight of a token sits on that token as a target. The first token of a document is never a target, so its weight never
 counts. Several documents may lie end to end: `offsets` says where each begins, and the total.
 """
@@ -19,7 +22,7 @@ from tutelage.plan.spec import (
     PromptWeight,
     ResponseLoss,
 )
-from tutelage.records import LEARNED_KINDS, NO_TARGET, Float32, Float64, Int32, Int64, Kind, UInt8
+from tutelage.records import LEARNED_KINDS, NO_TARGET, Float32, Float64, Int32, Int64, Kind, UInt8, is_written
 
 _CHUNK_TOKENS = 1 << 20
 _NO_TURN = -1
@@ -57,7 +60,8 @@ def kind_table(loss: LossRule) -> Float32:
     """The weight of each `Kind` under a rule, f32 (8,).
 
     Instruction Modelling trains user text, answers and stops, and no template token (arXiv 2405.14394, equation 4); system
-    prompts and tool results are neither instruction nor answer there.
+    prompts and tool results are neither instruction nor answer there. The entry of SCAFFOLD is for scaffold of no turn: marks
+    weigh what ASSISTANT does (`weigh_tokens`).
 
     >>> kind_table(InstructionModelling()).tolist()             # scaffold system user assistant reasoning call result stop
     [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0]
@@ -92,30 +96,44 @@ def weigh_tokens(
     """The loss weight of each token, f32 (T,): the rule's weight of its kind times the learn weight of its turn.
 
     `turns` i16 (T,) is the turn of each token within its document (-1 for none) and `turn_weights` one weight per turn;
-    with several documents end to end, `offsets` and `turn_offsets` say where each begins. Only `last_response` needs turns.
+    with several documents end to end, `offsets` and `turn_offsets` say where each begins. Marks, `turns: last` and turn
+    weights need turns; without them all scaffold weighs the same.
 
     >>> S, U, A, E = Kind.SCAFFOLD, Kind.USER, Kind.ASSISTANT, Kind.STOP
-    >>> kinds = np.array([S, U, U, S, A, E, S, U, S, A, E], np.uint8)
-    >>> turns = np.array([0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 3], np.int16)
-    >>> weigh_tokens(kinds).astype(int).tolist()
-    [0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1]
-    >>> weigh_tokens(kinds, loss=LastResponse(), turns=turns).astype(int).tolist()
-    [0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1]
+    >>> kinds = np.array([S, U, U, S, A, E, S, U, S, S, A, E], np.uint8)      # the tenth token is a mark: scaffold of turn 3
+    >>> turns = np.array([-1, 0, 0, -1, 1, 1, -1, 2, -1, 3, 3, 3], np.int16)
+    >>> weigh_tokens(kinds, turns=turns).astype(int).tolist()
+    [0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
+    >>> weigh_tokens(kinds, loss=InstructionModelling(turns="last"), turns=turns).astype(int).tolist()
+    [0, 1, 1, 0, 0, 0, 0, 1, 0, 1, 1, 1]
     >>> weigh_tokens(kinds, turns=turns, turn_weights=np.array([1, 0, 1, 0.5], np.float32)).tolist()
-    [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5, 0.5]
+    [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5, 0.5, 0.5]
     """
     loss = loss or ResponseLoss()
-    weights: Float32 = kind_table(loss)[kinds]
+    table = kind_table(loss)
+    weights: Float32 = table[kinds]
     starts = np.array([0, len(kinds)]) if offsets is None else offsets
-    if isinstance(loss, LastResponse):
-        assert turns is not None, "last_response needs to know the turns"
-        weights[turns != np.repeat(_last_learned_turn(kinds, turns, starts), np.diff(starts))] = 0.0
+    if turns is not None:
+        weights[(kinds == Kind.SCAFFOLD) & (turns != _NO_TURN)] = table[Kind.ASSISTANT]
+    if _counts_last_only(loss):
+        assert turns is not None, "`turns: last` needs to know the turns"
+        last = np.repeat(_last_learned_turn(kinds, turns, starts), np.diff(starts))
+        weights[is_written(kinds, turns) & (turns != last)] = 0.0
     if turn_weights is not None and not (turn_weights == 1.0).all():
         assert turns is not None, "turn weights need to know the turns"
         first_turn = np.zeros(1, np.int64) if turn_offsets is None else turn_offsets[:-1]
         flat = np.repeat(first_turn, np.diff(starts)) + turns
         weights *= np.where(turns == _NO_TURN, np.float32(1.0), turn_weights[np.where(turns == _NO_TURN, 0, flat)])
     return weights
+
+
+def _counts_last_only(loss: LossRule) -> bool:
+    match loss:
+        case LastResponse():
+            return True
+        case FullLoss():
+            return False
+    return loss.turns == "last"
 
 
 def _last_learned_turn(kinds: UInt8, turns: np.ndarray, offsets: Int64) -> Int64:

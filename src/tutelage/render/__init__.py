@@ -3,6 +3,7 @@
     template    a chat template in its sandbox: messages -> text
     provenance  which characters of that text come from which message, found with sentinels and checked (pure)
     cells       that text cut into cells of one kind; the stop of each answer, learnt from the template (pure)
+    behaviour   what a template does with conversations (trims, drops, refuses ...), found out by showing it a few (pure)
     tokenizer   a tokenizer folder -> the Rust tokenizer, its special tokens, its end tokens, its templates
     tokens      texts -> ids and byte spans in batches; byte spans + provenance -> one kind and turn per token
     examples    the whole way for a batch of conversations; `overlong` shortens by whole exchanges

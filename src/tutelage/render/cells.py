@@ -6,13 +6,14 @@ Pure, like `provenance`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from tutelage.errors import TemplateError
 from tutelage.records import Kind
-from tutelage.render.provenance import Message, Refusal, Span, Trace, trace
+from tutelage.render.provenance import Message, Part, Refusal, Span, Trace, trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +32,25 @@ class Stop:
 class Closing:
     """The stops of a template: after an answer that more turns follow, and after the last one. None = it writes none.
 
-    `header` is the generation prompt, what a template prints when the model is to answer.
+    `header` is the generation prompt, what a template prints when the model is to answer. `openings`, longest first, are the
+    texts met between a message and the model's own text, the template's empty reasoning block included where it supplies
+    one. `end_tokens` are the model's; `call_end` is what stands behind the last text of a tool call that ends a conversation.
     """
 
     between: Stop | None
     last: Stop | None
     header: str = ""
+    openings: tuple[str, ...] = ()
+    end_tokens: tuple[str, ...] = ()
+    call_end: str = ""
 
 
 def find_stop(closing: str, *, end_tokens: Sequence[str], special_tokens: Sequence[str]) -> Stop | None:
     r"""The stop in what a template prints after an answer; None when that is blank.
 
     It ends with the first of the model's end tokens, else with a special token that comes first, else it is the whole
-    text without the white space behind it. White space in front belongs to it: the model has to write that too.
+    text without the white space behind it. White space in front belongs to it: the model has to write that too. What is
+    longer than `LONGEST_STOP` characters is no stop but a text (templates of judges ask their question there).
 
     >>> find_stop("<|im_end|>\n", end_tokens=["<|im_end|>"], special_tokens=["<|im_start|>", "<|im_end|>"])
     Stop(text='<|im_end|>\n', length=10, token='<|im_end|>')
@@ -52,14 +59,19 @@ def find_stop(closing: str, *, end_tokens: Sequence[str], special_tokens: Sequen
     >>> find_stop("\n", end_tokens=["</s>"], special_tokens=["</s>"])
     """
     ends = [(closing.index(token), token) for token in end_tokens if token in closing]
-    if ends:
-        at, token = min(ends, key=lambda end: (end[0], -len(end[1])))
-        return Stop(closing, at + len(token), token)
     body = closing.lstrip()
     first = max((token for token in special_tokens if body.startswith(token)), key=len, default="")
-    if first:
-        return Stop(closing, len(closing) - len(body) + len(first), first)
-    return Stop(closing, len(closing.rstrip()), "") if body else None
+    if ends:
+        at, token = min(ends, key=lambda end: (end[0], -len(end[1])))
+        found = Stop(closing, at + len(token), token)
+    elif first:
+        found = Stop(closing, len(closing) - len(body) + len(first), first)
+    else:
+        found = Stop(closing, len(closing.rstrip()), "")
+    return found if body and found.length <= LONGEST_STOP else None
+
+
+LONGEST_STOP = 80
 
 
 def common_prefix(a: str, b: str) -> str:
@@ -76,8 +88,8 @@ def common_prefix(a: str, b: str) -> str:
 class Cells:
     """A partition of a text: cell i ends before `ends[i]`, has `kinds[i]` and belongs to `turns[i]` (-1 for none).
 
-    `from_data[i]` says that the cell's text is a message's own, not the template's (which also writes the marks around
-    reasoning and tool calls).
+    Scaffold with a turn is a *mark*: what the template writes around an answer's reasoning, pieces or tool calls, and the
+    model has to write. `from_data[i]` says that the cell's text is a message's own, not the template's.
     """
 
     ends: list[int]
@@ -113,6 +125,16 @@ class _Block:
     until: int
     is_last: bool
 
+    @property
+    def end(self) -> int:
+        return self.spans[-1].end
+
+    @property
+    def may_be_marked(self) -> bool:
+        """Whether marks may stand behind its last text: a call, reasoning, or a later piece of an answer that was split."""
+        last = self.spans[-1]
+        return last.part.kind != Kind.ASSISTANT or last.source_start > 0
+
 
 def layout(
     traced: Trace, messages: Sequence[Message], closing: Closing, *, learned: Sequence[bool], eos: str | None = None
@@ -143,7 +165,7 @@ def layout(
 
 def _blocks(traced: Trace) -> list[_Block]:
     groups: list[list[Span]] = []
-    for span in traced.spans:
+    for span in _once(traced.spans):
         if groups and groups[-1][-1].part.turn == span.part.turn:
             groups[-1].append(span)
         else:
@@ -155,6 +177,17 @@ def _blocks(traced: Trace) -> list[_Block]:
     ]
 
 
+def _once(spans: Sequence[Span]) -> Iterator[Span]:
+    """The spans without texts of tool calls that were shown before: templates repeat a tool's name beside its result."""
+    seen: set[tuple[Part, int]] = set()
+    for span in spans:
+        if span.part.kind == Kind.TOOL_CALL:
+            if (span.part, span.source_start) in seen:
+                continue
+            seen.add((span.part, span.source_start))
+        yield span
+
+
 def _require_shown(blocks: Sequence[_Block], messages: Sequence[Message], learned: Sequence[bool]) -> None:
     """Refuses a conversation of which the template hides, repeats or splits something that would be learned."""
     kinds: dict[int, list[Kind]] = {}
@@ -162,14 +195,14 @@ def _require_shown(blocks: Sequence[_Block], messages: Sequence[Message], learne
         if block.turn in kinds and messages[block.turn]["role"] == "assistant":
             raise Refusal("shown_twice", "the template prints this answer in two places", turn=block.turn)
         kinds[block.turn] = [span.part.kind for span in block.spans]
+        if learned[block.turn] and not _in_order(block.spans):
+            raise Refusal("shown_twice", "the template prints pieces of this answer twice or out of order", turn=block.turn)
     last = max((turn for turn, is_learned in enumerate(learned) if is_learned), default=-1)
     for turn, message in enumerate(messages):
         if not learned[turn]:
             continue
         shown = kinds.get(turn, [])
         wanted = Kind.ASSISTANT if message["content"].strip() else None
-        if shown.count(Kind.ASSISTANT) > 1:
-            raise Refusal("shown_twice", "the template prints this answer in several pieces", turn=turn)
         if message.get("tool_calls") and Kind.TOOL_CALL not in shown:
             raise Refusal("tool_call_hidden", "the template does not show this turn's tool calls", turn=turn)
         if message.get("reasoning_content") and turn == last and Kind.REASONING not in shown:
@@ -178,6 +211,30 @@ def _require_shown(blocks: Sequence[_Block], messages: Sequence[Message], learne
             raise Refusal("turn_hidden", "the template does not show this answer", turn=turn)
         if not shown:
             raise Refusal("empty_answer", "this answer is blank, so there is nothing to learn", turn=turn)
+
+
+def _end_of_known(gap: str, openings: Sequence[str]) -> int:
+    """Where in the gap the end of a known opening stands (the rest of it may hold a call's id, say); all of it without one.
+
+    >>> _end_of_known(', "id": 7}[/RESULTS][CALLS]', ["[/INST]", ', "id": 1}[/RESULTS]'])
+    20
+    """
+    endings = sorted((text[k:] for text in openings for k in range(len(text))), key=lambda ending: -len(ending))
+    return next((gap.index(e) + len(e) for e in endings if len(e.strip()) > _SHORTEST_ENDING and e in gap), len(gap))
+
+
+_SHORTEST_ENDING = 3
+
+
+def _in_order(spans: Sequence[Span]) -> bool:
+    """Whether the pieces of each text (calls aside, whose names may be repeated) stand in the order of their source."""
+    ends: dict[Kind, int] = {}
+    for span in spans:
+        kind = span.part.kind
+        if kind != Kind.TOOL_CALL and span.source_start < ends.get(kind, 0):
+            return False
+        ends[kind] = max(span.source_end, 1)  # a span that does not say where it is from stands for the whole text
+    return True
 
 
 class _Builder:
@@ -203,44 +260,70 @@ class _Builder:
             self.lay(span.end, span.part.kind, block.turn, from_data=True)
 
     def answer(self, block: _Block, *, is_learned: bool) -> None:
-        """What the model writes: reasoning with the marks around it, text, tool calls with theirs, and the stop."""
-        first, end = block.spans[0], block.spans[-1].end
-        gap = self.text[end : block.until]
-        calls = any(span.part.kind == Kind.TOOL_CALL for span in block.spans)
-        stop = self.closing.last if block.is_last else self.closing.between
-        at = _where(stop, gap, anywhere=calls)
-        self.lay(self._begin(first), Kind.SCAFFOLD)
-        self._body(block, end if at < 0 else end + at)
-        if stop is not None and at >= 0:
-            self.lay(end + at + stop.length, Kind.STOP, block.turn)
+        """What the model writes: its texts, the marks around them, and the stop."""
+        gap = self.text[block.end : block.until]
+        found = self._ending(block, gap)
+        self.lay(self._begin(block.spans[0]), Kind.SCAFFOLD)
+        self._body(block, block.end + (0 if found is None else found[0]))
+        if found is not None:
+            self.lay(block.end + sum(found), Kind.STOP, block.turn)
             self.num_stops += 1
-        elif self.eos is not None:
+        elif self.eos is not None and (at := self._end_of_calls(block, gap)) >= 0:
+            self.lay(block.end + at, Kind.SCAFFOLD, block.turn)
             self._insert(block.turn)
         elif is_learned:
+            stop = self._usual(block)
             expected = "nothing that ends an answer" if stop is None else repr(stop.text)
             raise Refusal(
                 "no_stop", f"after the answer stands {gap[:40]!r}; the template usually writes {expected} there", turn=block.turn
             )
 
+    def _usual(self, block: _Block) -> Stop | None:
+        return self.closing.last if block.is_last else self.closing.between
+
+    def _ending(self, block: _Block, gap: str) -> tuple[int, int] | None:
+        """Where in the gap behind an answer the stop begins, and its length.
+
+        Right behind an answer's text stands the usual stop or another end token, after more white space or less; behind
+        a call, reasoning or a split answer whichever of them comes first, and marks before it.
+        """
+        usual = self._usual(block)
+        text = "" if usual is None else usual.text[: usual.length]
+        if text and gap.startswith(text):
+            return 0, len(text)
+        words = [word for word in (text.strip(), *self.closing.end_tokens) if word and word in gap]
+        found = min(((gap.index(word), len(word)) for word in words), key=lambda at: (at[0], -at[1]), default=None)
+        if found is None or block.may_be_marked:
+            return found
+        return None if gap[: found[0]].strip() else (0, sum(found))
+
+    def _end_of_calls(self, block: _Block, gap: str) -> int:
+        """Where in the gap the model's text ends when no stop stands there; -1 when that cannot be told."""
+        if block.spans[-1].part.kind != Kind.TOOL_CALL:
+            return 0
+        tail = self.closing.call_end  # its beginning depends on what the call ends with: a text, a number, a brace
+        endings = (tail[k:] for k in range(len(tail.rstrip())))
+        return next((gap.index(ending) + len(ending) for ending in endings if ending in gap), -1)
+
     def _begin(self, first: Span) -> int:
         """Where the model's own text begins: behind the generation prompt, when more than plain text is written."""
-        if first.part.kind == Kind.ASSISTANT:
+        if first.part.kind == Kind.ASSISTANT and first.source_start == 0:
             return first.start
+        gap = self.text[self.at : first.start]
+        opening = next((text for text in self.closing.openings if gap.startswith(text)), None)
+        if opening is not None:
+            return self.at + len(opening)
         header = self.closing.header
-        found = self.text.rfind(header, self.at, first.start) if header else -1
-        return first.start if found < 0 else found + len(header)
+        if header and (found := gap.rfind(header)) >= 0:
+            return self.at + found + len(header)
+        return self.at + _end_of_known(gap, self.closing.openings)
 
     def _body(self, block: _Block, end: int) -> None:
-        """The turn's texts; what the template writes around reasoning and calls is theirs, for the model writes it too."""
-        for span, following in pairwise([*block.spans, None]):
-            assert span is not None
-            kind = span.part.kind
-            self.lay(span.start, kind, block.turn)
-            self.lay(span.end, kind, block.turn, from_data=True)
-            if following is None:
-                self.lay(end, kind, block.turn)
-            elif kind != Kind.ASSISTANT:
-                self.lay(following.start, kind, block.turn)
+        """The turn's texts, and as marks what the template writes between them and up to `end`."""
+        for span in block.spans:
+            self.lay(span.start, Kind.SCAFFOLD, block.turn)
+            self.lay(span.end, span.part.kind, block.turn, from_data=True)
+        self.lay(end, Kind.SCAFFOLD, block.turn)
 
     def _insert(self, turn: int) -> None:
         assert self.eos is not None
@@ -258,51 +341,128 @@ class _Builder:
         return Layout(text, self.cells, hidden, self.num_stops)
 
 
-def _where(stop: Stop | None, gap: str, *, anywhere: bool) -> int:
-    """Where in the gap behind an answer the stop begins; -1 when it is not there. Behind tool calls it may come later."""
-    if stop is None:
-        return -1
-    if gap.startswith(stop.text[: stop.length]):
-        return 0
-    return gap.find(stop.text[: stop.length]) if anywhere else -1
+_SYSTEM: Message = {"role": "system", "content": "Be exact."}
+QUESTIONS: list[Message] = [
+    {"role": "user", "content": "Why one?"},
+    {"role": "assistant", "content": "Because two."},
+    {"role": "user", "content": "Why three?"},
+    {"role": "assistant", "content": "Because four."},
+]
+"""A plain conversation."""
+_LOOK_UP = {"name": "look_up", "description": "Looks a word up.", "parameters": {"type": "object", "properties": {}}}
+TOOLS = [{"type": "function", "function": _LOOK_UP}]
+_CALL = {"type": "function", "id": "a1b2c3d4e", "function": {"name": "look_up", "arguments": {"word": "five"}}}
+CALLS: list[Message] = [
+    QUESTIONS[0],
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+    {"role": "tool", "content": "It is six.", "name": "look_up", "tool_call_id": "a1b2c3d4e"},
+    {"role": "assistant", "content": "Because seven."},
+]
+"""A conversation in which a tool is called."""
 
 
 def probe(render: Callable[..., str], *, end_tokens: Sequence[str], special_tokens: Sequence[str]) -> Closing:
     """How a template ends answers, learnt from plain one- and two-exchange conversations; TemplateError when it refuses them."""
-    system = {"role": "system", "content": "Be exact."}
-    one = [{"role": "user", "content": "Why one?"}, {"role": "assistant", "content": "Because two."}]
-    two = [*one, {"role": "user", "content": "Why three?"}, {"role": "assistant", "content": "Because four."}]
     error: Refusal | None = None
-    for lead in ([], [system]):
+    for way, lead in ((render, []), (render, [_SYSTEM]), (_with_tools(render), [])):
         try:
-            tail, always = _tail(render, [*lead, *one])
+            one = _answers(way, [*lead, *QUESTIONS[:2]])
         except Refusal as refusal:
             error = error or refusal
             continue
         try:
-            gap = _tail(render, [*lead, *two], answer=len(lead) + 1)[0]
+            two = _answers(way, [*lead, *QUESTIONS])
         except Refusal:
-            gap = tail
-        shared = common_prefix(tail, gap)
-        known = {"end_tokens": end_tokens, "special_tokens": special_tokens}
-        # A header that always follows is no part of the ending; an end token in front of it is.
-        is_ended = any(token in tail for token in end_tokens)
-        last = find_stop(tail if is_ended or not always else shared, **known)
-        return Closing(find_stop(shared, **known), last, _header(render, [*lead, *one]))
+            two = one
+        return _closing(way, lead, one[-1], two[0], end_tokens=end_tokens, special_tokens=special_tokens)
     assert error is not None
     raise TemplateError(f"the chat template refuses a plain exchange of a question and an answer: {error.detail}")
 
 
-def _tail(render: Callable[..., str], messages: Sequence[Message], *, answer: int | None = None) -> tuple[str, bool]:
-    """What is printed behind an answer (the last one, by default), and whether a header for another always follows it."""
-    answer = len(messages) - 1 if answer is None else answer
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What a template prints before a plain answer (from the message before it on) and after it."""
+
+    before: str
+    after: str
+
+
+def _closing(
+    render: Callable[..., str],
+    lead: Sequence[Message],
+    last: _Answer,
+    earlier: _Answer,
+    *,
+    end_tokens: Sequence[str],
+    special_tokens: Sequence[str],
+) -> Closing:
+    shared = common_prefix(last.after, earlier.after)
+    known = {"end_tokens": end_tokens, "special_tokens": special_tokens}
+    # A header that always follows is no part of the ending; an end token in front of it is.
+    has_always_header = render([*lead, *QUESTIONS[:2]], add_generation_prompt=True) == render([*lead, *QUESTIONS[:2]])
+    is_ended = any(token in last.after for token in end_tokens)
+    stop = find_stop(last.after if is_ended or not has_always_header else shared, **known)
+    openings = {last.before, earlier.before, *_tool_openings(render, lead), *_prompted(render, [*lead, QUESTIONS[0]])}
+    return Closing(
+        find_stop(shared, **known),
+        stop,
+        header=_header(render, [*lead, *QUESTIONS[:2]]),
+        openings=tuple(sorted(openings - {""}, key=lambda text: (-len(text), text))),
+        end_tokens=tuple(end_tokens),
+        call_end=_call_end(render, lead),
+    )
+
+
+def _answers(render: Callable[..., str], messages: Sequence[Message]) -> list[_Answer]:
+    """The surroundings of each answer of a conversation; Refusal when one is not shown."""
     traced = trace(render, messages)
-    blocks = {block.turn: block for block in _blocks(traced)}
-    if answer not in blocks:
-        raise Refusal("turn_hidden", "the template does not show a plain answer", turn=answer)
-    block = blocks[answer]
-    always = render(messages, add_generation_prompt=True) == traced.text
-    return traced.text[block.spans[-1].end : block.until], always
+    blocks = _blocks(traced)
+    shown = {block.turn for block in blocks}
+    for turn, message in enumerate(messages):
+        if message["role"] == "assistant" and turn not in shown:
+            raise Refusal("turn_hidden", "the template does not show a plain answer", turn=turn)
+    starts = [0, *(block.end for block in blocks)]
+    return [
+        _Answer(traced.text[start : block.spans[0].start], traced.text[block.end : block.until])
+        for start, block in zip(starts, blocks, strict=False)
+        if messages[block.turn]["role"] == "assistant"
+    ]
+
+
+def _with_tools(render: Callable[..., str]) -> Callable[..., str]:
+    def rendered(messages: Sequence[Message], **more: Any) -> str:
+        return render(messages, **{"tools": TOOLS, **more})
+
+    return rendered
+
+
+def _tool_openings(render: Callable[..., str], lead: Sequence[Message]) -> list[str]:
+    """What stands between a tool's result and the answer, where the template knows tools."""
+    with_tools = _with_tools(render)
+    try:
+        return [_answers(with_tools, [*lead, *CALLS])[-1].before, *_prompted(with_tools, [*lead, *CALLS[:-1]])]
+    except TemplateError:
+        return []
+
+
+def _call_end(render: Callable[..., str], lead: Sequence[Message]) -> str:
+    """What stands behind a tool call that ends a conversation, white space at its end aside."""
+    messages = [*lead, *CALLS[:2]]
+    try:
+        traced = trace(_with_tools(render), messages)
+    except TemplateError:
+        return ""
+    return traced.text[traced.spans[-1].end :].rstrip() if traced.spans else ""
+
+
+def _prompted(render: Callable[..., str], messages: Sequence[Message]) -> list[str]:
+    """What stands behind the last message when the model is to answer it; none when the template does not show that one."""
+    try:
+        traced = trace(lambda these: render(these, add_generation_prompt=True), messages)
+    except TemplateError:
+        return []
+    spans = traced.spans
+    return [traced.text[spans[-1].end :]] if spans and spans[-1].part.turn == len(messages) - 1 else []
 
 
 def _header(render: Callable[..., str], messages: Sequence[Message]) -> str:

@@ -8,6 +8,8 @@ pair *is* that message's text, as the template shows it. Three placements are tr
     core      just inside that white space (templates that trim); then it is won back where the template kept it
     pieces    around the stretches between words that the template itself looks for (`</think>`), which stay intact
 
+and once more without the names of tools, which some templates look up.
+
 No rendering is ever searched for a message's text: equal texts, markers in content and turns that the template rewrote
 or left out are told apart by construction. This module is pure: `render` is a function from messages to text.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from tutelage.errors import TemplateError
@@ -26,10 +29,15 @@ Message = Mapping[str, Any]
 RenderMessages = Callable[[Sequence[Message]], str]
 Cut = tuple[int, int]
 Cuts = Callable[["Part", str], Sequence[Cut]]
+Prove = Callable[[Cuts], "list[Span] | None"]
 
 FIRST_SENTINEL = 0x100000  # plane 16: private use, met in no text on purpose
 LAST_SENTINEL = 0x10FFFD
 _SENTINELS = re.compile(f"([{chr(FIRST_SENTINEL)}-{chr(LAST_SENTINEL)}])")
+_ESCAPED = re.compile(r"\\+U0010([0-9a-f]{4})|\\+u(db[c-f][0-9a-f])\\+u(d[c-f][0-9a-f]{2})")
+
+_ALWAYS_UNTOUCHED = ("id", "type")
+"""Fields of a call that templates compare."""
 
 CONTENT_KINDS = {"system": Kind.SYSTEM, "user": Kind.USER, "assistant": Kind.ASSISTANT, "tool": Kind.TOOL_RESULT}
 
@@ -60,11 +68,13 @@ class Piece(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Characters `start : end` of the rendered text that come from one message."""
+    """Characters `start : end` of the rendered text that come from one message: from `source_start : source_end` of its text."""
 
     start: int
     end: int
     part: Part
+    source_start: int = 0
+    source_end: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +88,8 @@ class Trace:
 class _Marker:
     """Copies messages with sentinels in them, and remembers what each pair encloses."""
 
-    def __init__(self, cuts: Cuts) -> None:
-        self.cuts = cuts
+    def __init__(self, cuts: Cuts, untouched: Sequence[str]) -> None:
+        self.cuts, self.untouched = cuts, untouched
         self.pieces: list[Piece] = []
 
     def message(self, turn: int, message: Message) -> Message:
@@ -113,7 +123,7 @@ class _Marker:
                 return {k: self.leaves(v, part, k) for k, v in value.items()}
             case list():
                 return [self.leaves(v, part, key) for v in value]
-            case str() if key not in ("id", "type"):
+            case str() if key not in self.untouched:
                 return self.text(value, part())
         return value
 
@@ -146,8 +156,9 @@ def trace(render: RenderMessages, messages: Sequence[Message], *, literals: Sequ
 
     >>> def trimming(messages):
     ...     return "".join(f"<{m['role']}>{m['content'].strip()}" for m in messages)
-    >>> trace(trimming, [{"role": "user", "content": " Hi "}])
-    Trace(text='<user>Hi', spans=(Span(start=6, end=8, part=Part(turn=0, kind=<Kind.USER: 2>, number=0)),))
+    >>> made = trace(trimming, [{"role": "user", "content": " Hi "}])
+    >>> made.text, made.spans[0][:2], made.spans[0].part
+    ('<user>Hi', (6, 8), Part(turn=0, kind=<Kind.USER: 2>, number=0))
     """
     try:
         text = render(messages)
@@ -157,17 +168,23 @@ def trace(render: RenderMessages, messages: Sequence[Message], *, literals: Sequ
         raise Refusal("template_refuses", str(error)) from None
     if _SENTINELS.search(text):
         raise Refusal("private_characters", f"the text has characters from U+{FIRST_SENTINEL:X} on, which mark messages here")
-    spans = _proved(render, messages, text, _whole)
-    if spans is None and any(text_ != text_.strip() for _, text_ in _texts(messages)):
-        spans = _core_and_kept_space(render, messages, text)
-    found = [word for word in literals if any(word in text_ for _, text_ in _texts(messages))] if spans is None else []
-    if found:
-        spans = _proved(render, messages, text, _pieces_between(found))
-    if spans is None:
-        raise Refusal(
-            "unproved", "the template changes its output when messages are marked; no placement of marks could be proved"
-        )
-    return Trace(text, tuple(spans))
+    calls = any(message.get("tool_calls") for message in messages)
+    for untouched in (_ALWAYS_UNTOUCHED, (*_ALWAYS_UNTOUCHED, "name")) if calls else (_ALWAYS_UNTOUCHED,):
+        prove = partial(_proved, render, messages, text, untouched=untouched)
+        if (spans := _placed(prove, messages, text, literals)) is not None:
+            return Trace(text, tuple(spans))
+    raise Refusal("unproved", "the template changes its output when messages are marked; no placement of marks could be proved")
+
+
+def _placed(prove: Prove, messages: Sequence[Message], text: str, literals: Sequence[str]) -> list[Span] | None:
+    """The spans under the first placement that is proved."""
+    if (spans := prove(_whole)) is not None:
+        return spans
+    texts = [source for _, source in _texts(messages)]
+    if any(source != source.strip() for source in texts) and (spans := _core_and_kept_space(prove, messages, text)) is not None:
+        return spans
+    found = [word for word in literals if any(word in source for source in texts)]
+    return prove(_pieces_between(found)) if found else None
 
 
 def _texts(messages: Sequence[Message]) -> Iterator[tuple[Part, str]]:
@@ -177,19 +194,38 @@ def _texts(messages: Sequence[Message]) -> Iterator[tuple[Part, str]]:
             yield Part(turn, Kind.REASONING), reasoning
 
 
-def _proved(render: RenderMessages, messages: Sequence[Message], text: str, cuts: Cuts) -> list[Span] | None:
+def _proved(
+    render: RenderMessages, messages: Sequence[Message], text: str, cuts: Cuts, *, untouched: Sequence[str]
+) -> list[Span] | None:
     """The spans under one placement, or None when it proves nothing."""
-    marker = _Marker(cuts)
+    marker = _Marker(cuts, untouched)
     marked = [marker.message(turn, message) for turn, message in enumerate(messages)]
     if 2 * len(marker.pieces) > LAST_SENTINEL - FIRST_SENTINEL:
         raise Refusal("too_many_turns", f"{len(marker.pieces)} texts in one conversation")
     try:
-        parts = _SENTINELS.split(render(marked))
+        shown = render(marked)
     except TemplateError:
         return None
-    if "".join(parts[::2]) != text:
-        return None
-    return _read(parts, text, marker.pieces)
+    # A template that prints values as Python or as ASCII JSON writes sentinels as escapes.
+    for candidate in (shown, _ESCAPED.sub(_unescaped, shown)):
+        parts = _SENTINELS.split(candidate)
+        if "".join(parts[::2]) == text:
+            return _read(parts, text, marker.pieces)
+    return None
+
+
+def _unescaped(match: re.Match[str]) -> str:
+    r"""The character of an escape.
+
+    >>> [_ESCAPED.sub(_unescaped, text) == "a" + chr(0x100004) for text in (r"a\U00100004", r"a\udbc0\udc04")]
+    [True, True]
+    """
+    code, high, low = match.groups()
+    return (
+        chr(0x100000 + int(code, 16))
+        if code
+        else f"{chr(int(high, 16))}{chr(int(low, 16))}".encode("utf-16", "surrogatepass").decode("utf-16")
+    )
 
 
 def _read(parts: Sequence[str], text: str, pieces: Sequence[Piece]) -> list[Span] | None:
@@ -203,7 +239,8 @@ def _read(parts: Sequence[str], text: str, pieces: Sequence[Piece]) -> list[Span
         if code % 2 or ord(parts[i + 2]) != FIRST_SENTINEL + code + 1:
             return None
         if between:
-            found.append((Span(at, at + len(between), pieces[code // 2].part), code // 2))
+            piece = pieces[code // 2]
+            found.append((Span(at, at + len(between), piece.part, piece.start, piece.end), code // 2))
         at += len(between) + len(parts[i + 3])
     is_cut = any(piece.end - piece.start < len(piece.source) for piece in pieces)
     return _joined(found, text, pieces) if is_cut else [span for span, _ in found]
@@ -218,33 +255,33 @@ def _joined(found: Sequence[tuple[Span, int]], text: str, pieces: Sequence[Piece
         floor = out[-1].end if out else 0
         is_first = k == 0 or pieces[k - 1].part != piece.part
         if not is_first and last == k - 1 and text[floor : span.start] == piece.source[pieces[last].end : piece.start]:
-            out[-1] = out[-1]._replace(end=span.end)
+            out[-1] = out[-1]._replace(end=span.end, source_end=piece.end)
         else:
             head = piece.source[: piece.start] if is_first else ""
             widens = bool(head.strip()) and text.startswith(head, max(floor, span.start - len(head)), span.start)
-            out.append(span._replace(start=span.start - len(head)) if widens else span)
+            out.append(span._replace(start=span.start - len(head), source_start=0) if widens else span)
         tail = piece.source[piece.end :] if k + 1 == len(pieces) or pieces[k + 1].part != piece.part else ""
         if tail.strip() and text.startswith(tail, span.end):
-            out[-1] = out[-1]._replace(end=span.end + len(tail))
+            out[-1] = out[-1]._replace(end=span.end + len(tail), source_end=len(piece.source))
         last = k
     return out
 
 
-def _core_and_kept_space(render: RenderMessages, messages: Sequence[Message], text: str) -> list[Span] | None:
+def _core_and_kept_space(prove: Prove, messages: Sequence[Message], text: str) -> list[Span] | None:
     """Spans under the placement `core`, wider where moving a sentinel outwards is proved too."""
     chosen = {part: _core(part, source)[0] for part, source in _texts(messages)}
 
     def cuts(part: Part, source: str) -> Sequence[Cut]:
         return (chosen.get(part, (0, len(source))),)
 
-    spans = _proved(render, messages, text, cuts)
+    spans = prove(cuts)
     if spans is None:
         return None
     for part, source in _texts(messages):
         for is_left in (True, False):
             for cut in _wider(spans, text, part, source, chosen[part], is_left=is_left):
                 before, chosen[part] = chosen[part], cut
-                if (wider := _proved(render, messages, text, cuts)) is not None:
+                if (wider := prove(cuts)) is not None:
                     spans = wider
                     break
                 chosen[part] = before

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
@@ -13,10 +15,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tutelage.errors import TemplateError
-from tutelage.records import LEARNED_KINDS, Conversation, Dropped, Kind, Rendered, Rewrite
-from tutelage.render.examples import Renderer
+from tutelage.records import LEARNED_KINDS, Dropped, Int64, Kind, Rewrite
+from tutelage.render.engines import EngineDiffers
+from tutelage.render.examples import Block, Renderer
+from tutelage.render.forms import Laid, columns_of
 from tutelage.render.provenance import Refusal
 from tutelage.render.spec import RenderSpec
 from tutelage.render.template import read_template
@@ -25,15 +30,17 @@ from tutelage.render.tokens import BATCH_TEXTS
 from tutelage.store import Artefact, Counts, Outcome, Progress, Stage, Store
 from tutelage.tables import (
     DROPPED,
-    EXAMPLES,
     Conversations,
     RenderedWriter,
+    TurnColumns,
     apply_rewrites,
     read_rewrites,
+    read_turns,
+    records_at,
     write_records,
 )
 
-VERSION = 1
+VERSION = 2
 PACKAGES = ("tokenizers", "transformers", "jinja2")
 
 TEMPLATE_REASONS = frozenset(
@@ -51,18 +58,17 @@ TEMPLATE_REASONS = frozenset(
 """Refusals that say something about the template. When every record meets the same one, the template is wrong, not the data."""
 
 _IS_LEARNED = np.isin(np.arange(len(Kind)), LEARNED_KINDS)
-_Row = tuple[int, Conversation]
 
 
 def render_stage(read: Stage, *, tokenizer: Stage, spec: RenderSpec, base: Path, store: Store) -> Stage:
-    """All records of a source as read, rendered: a `RenderedSet`, and dropped.parquet with reasons."""
+    """All records of a source as read, rendered: a `RenderedSet`, and dropped.parquet and lost.parquet with reasons."""
     template = read_template(spec.template, base=base)
 
     def build(folder: Path, inputs: Mapping[str, Artefact], progress: Progress) -> Outcome:
-        records = Conversations.read(inputs["read"].path, read.slot)
-        job = _Job(folder, read.slot, Renderer(_opened(inputs["tokenizer"].path), spec, template=template), progress)
-        progress.start(f"render {read.slot}", len(records), "records")
-        job.run(enumerate(records))
+        path = inputs["read"].file("conversations.parquet")
+        job = _Job(folder, read.slot, path, Renderer(_opened(inputs["tokenizer"].path), spec, template=template), progress)
+        progress.start(f"render {read.slot}", pq.ParquetFile(path).metadata.num_rows, "records")
+        job.run(lambda: ((columns, _numbers(columns)) for columns in read_turns(path, batch_rows=BATCH_TEXTS)))
         job.require_some_template()
         return job.finish()
 
@@ -86,10 +92,17 @@ def rerender_stage(read: Stage, *, rewrite: Stage, tokenizer: Stage, spec: Rende
         for edit in read_rewrites(inputs["rewrite"].file("rewrites.parquet")):
             by_row.setdefault(edit.row, []).append(edit)
         rows = sorted(by_row)
+        path = inputs["read"].file("conversations.parquet")
         records = Conversations.read(inputs["read"].path, read.slot).take(rows)
-        job = _Job(folder, read.slot, Renderer(_opened(inputs["tokenizer"].path), spec, template=template), progress)
+        job = _Job(folder, read.slot, path, Renderer(_opened(inputs["tokenizer"].path), spec, template=template), progress)
         progress.start(f"render rewritten {read.slot}", len(rows), "records")
-        job.run((row, apply_rewrites(record, by_row[row])) for row, record in zip(rows, records, strict=True))
+
+        def batches() -> Iterator[_Batch]:
+            rewritten = zip(rows, (apply_rewrites(r, by_row[row]) for row, r in zip(rows, records, strict=True)), strict=True)
+            while some := list(islice(rewritten, BATCH_TEXTS)):
+                yield columns_of([record for _, record in some]), np.array([row for row, _ in some], np.int64)
+
+        job.run(batches)
         return job.finish()
 
     return Stage(
@@ -103,10 +116,20 @@ def rerender_stage(read: Stage, *, rewrite: Stage, tokenizer: Stage, spec: Rende
     )
 
 
+_Batch = tuple[TurnColumns, Int64]
+"""Records as columns, and their rows in the source."""
+
+
+def _numbers(columns: TurnColumns) -> Int64:
+    return np.arange(columns.first_row, columns.first_row + len(columns), dtype=np.int64)
+
+
 def _ingredients(spec: RenderSpec, template: str | None) -> dict[str, Any]:
     """The recipe's slice; a template file counts by its text, not by its path."""
     text = "model" if template is None else hashlib.blake2b(template.encode(), digest_size=16).hexdigest()
-    return {"render": {**spec.canonical(), "template": text}}
+    # Every engine gives the same ids, so which one is used changes nothing.
+    said = {name: value for name, value in spec.canonical().items() if name != "tokenizer_engine"}
+    return {"render": {**said, "template": text}}
 
 
 @lru_cache(maxsize=2)
@@ -117,81 +140,138 @@ def _opened(folder: Path) -> OpenTokenizer:
 
 @dataclass
 class _Job:
-    """One stage's build: batches in, files out, an account of everything."""
+    """One stage's build: batches in, files out, an account of everything.
+
+    The main thread lays out a batch while another encodes, checks and writes the one before.
+    """
 
     folder: Path
     source: str
+    path: Path
     renderer: Renderer
     progress: Progress
-    dropped: list[Dropped] = field(default_factory=list)
+    refused: list[tuple[int, Refusal]] = field(default_factory=list)
+    lost: list[tuple[int, Refusal]] = field(default_factory=list)
     totals: Counter[str] = field(default_factory=Counter)
 
-    def run(self, rows: Iterator[_Row]) -> None:
-        """Renders everything, a bounded batch at a time."""
-        writer = RenderedWriter(self.folder)
-        while batch := list(islice(rows, BATCH_TEXTS)):
-            results = self.renderer.render([conversation for _, conversation in batch])
-            self._write(writer, batch, results)
-            self.progress.advance(len(batch))
-        writer.close()
-        write_records(self.folder / "dropped.parquet", DROPPED, self.dropped)
+    def run(self, batches: Callable[[], Iterator[_Batch]]) -> None:
+        """Renders everything, a bounded batch at a time; from the start again when a fast engine is found not to be exact."""
+        engine = self.renderer.encoder.engine
+        if not engine.is_fast and self.renderer.spec.tokenizer_engine == "auto":
+            self.progress.note(f"render {self.source}: ids come from {engine.engine.name}: {engine.why}")
+        try:
+            self._run(batches())
+        except EngineDiffers as error:
+            self.progress.note(
+                f"render {self.source}: {self.renderer.encoder.engine.engine.name} gives {error}; tokenizers takes over"
+            )
+            self.renderer.use_reference(str(error))
+            self.refused, self.lost, self.totals = [], [], Counter()
+            self._run(batches())
+        _write_refusals(self.folder / "dropped.parquet", self.source, self.path, self.refused)
+        _write_refusals(self.folder / "lost.parquet", self.source, self.path, self.lost)
 
-    def _write(self, writer: RenderedWriter, batch: Sequence[_Row], results: Sequence[Rendered | Refusal]) -> None:
-        made = [(row, c, r) for (row, c), r in zip(batch, results, strict=True) if isinstance(r, Rendered)]
-        num_learned = [_num_learned(r) for _, _, r in made]
-        lines = {
-            "row": [row for row, _, _ in made],
-            "part": [0] * len(made),
-            "task": [conversation.task for _, conversation, _ in made],
-            "num_tokens": [len(r.ids) for _, _, r in made],
-            "num_turns": [len(r.turn_weights) for _, _, r in made],
-            "num_learned_tokens": num_learned,
-            "flags": [0] * len(made),
-        }
-        plain = {
-            name: pa.array(values, pa.string() if name == "task" else EXAMPLES.field(name).type) for name, values in lines.items()
-        }
-        writer.write(pa.table(plain).cast(EXAMPLES), [r for _, _, r in made])
-        self.dropped += [_dropped(row, c, r) for (row, c), r in zip(batch, results, strict=True) if isinstance(r, Refusal)]
-        self.totals["num_in"] += len(batch)
-        self.totals["num_examples"] += len(made)
-        self.totals["num_tokens"] += sum(len(r.ids) for _, _, r in made)
-        self.totals["num_learned_tokens"] += sum(num_learned)
+    def _run(self, batches: Iterator[_Batch]) -> None:
+        pending: Future[None] | None = None
+        with closing(RenderedWriter(self.folder)) as writer, ThreadPoolExecutor(1, "render") as second:
+            for columns, rows in batches:
+                laid = self.renderer.lay(columns)
+                if pending is not None:
+                    pending.result()
+                pending = second.submit(self._finish, writer, columns, rows, laid)
+            if pending is not None:
+                pending.result()
+
+    def _finish(self, writer: RenderedWriter, columns: TurnColumns, rows: Int64, laid: Laid) -> None:
+        """A batch's second half, to its place on disk."""
+        block = self.renderer.finish(columns, laid, names=_Names(self.path, self.source, rows))
+        num_learned = _num_learned(block)
+        table = pa.table(
+            {
+                "row": rows[block.records],
+                "part": block.parts,
+                "task": pa.DictionaryArray.from_arrays(columns.task_codes[block.records], columns.task_names),
+                "num_tokens": block.num_tokens.astype(np.int32),
+                "num_turns": block.num_turns.astype(np.int32),
+                "num_learned_tokens": num_learned.astype(np.int32),
+                "flags": block.flags,
+            }
+        )
+        writer.write_arrays(table, ids=block.ids, kinds=block.kinds, turns=block.turns, turn_weights=block.turn_weights)
+        self.refused += [(int(rows[record]), refusal) for record, refusal in block.refusals]
+        self.lost += [(int(rows[record]), refusal) for record, refusal in block.lost]
+        self.totals["num_in"] += len(columns)
+        self.totals["num_examples"] += len(block)
+        self.totals["num_tokens"] += len(block.ids)
+        self.totals["num_learned_tokens"] += int(num_learned.sum())
+        self.progress.advance(len(columns))
 
     def require_some_template(self) -> None:
         """TemplateError when every single record was refused for the same cause, and that cause is the template."""
-        reasons = {dropped.reason for dropped in self.dropped}
+        reasons = {refusal.reason for _, refusal in self.refused}
         if self.totals["num_in"] and not self.totals["num_examples"] and len(reasons) == 1 and reasons <= TEMPLATE_REASONS:
-            first = self.dropped[0]
+            row, refusal = self.refused[0]
+            where = records_at(self.path, [row])[row]
             raise TemplateError(
                 f"source {self.source}: the chat template fails for every one of its {self.totals['num_in']:,} records "
-                f"({first.reason}). First, {first.file}:{first.line}: {first.detail}. Name another template in `render.template`"
+                f"({refusal.reason}). First, {where['file']}:{where['line']}: {_detail(refusal)}. "
+                "Name another template in `render.template`"
             )
 
     def finish(self) -> Outcome:
         """The account."""
-        reasons = Counter(dropped.reason for dropped in self.dropped)
-        counts = self.renderer.counts
-        names = ("forged", "truncated", "dropped_system", "hidden_turns", "by_offsets")
-        closing = self.renderer.default.closing
+        reasons = Counter(refusal.reason for _, refusal in self.refused)
+        renderer, counts = self.renderer, self.renderer.counts
+        names = ("forged", "truncated", "dropped_system", "hidden_turns", "by_offsets", "rewritten", "windows", "lost_examples")
+        closing = renderer.default.closing
         facts: dict[str, Any] = {name: self.totals[name] for name in ("num_examples", "num_tokens", "num_learned_tokens")}
         facts |= {name: counts[name] for name in names}
-        facts |= {"stop_ids": self.renderer.stop_ids, "generation_prompt": closing.header}
-        facts |= {"stop_text": closing.last.text[: closing.last.length] if closing.last else self.renderer.default.eos}
-        facts |= {"tokenizer_engine": self.renderer.tokenizer.engine}
-        return Outcome(Counts(self.totals["num_in"], self.totals["num_examples"], dict(reasons)), facts)
+        facts |= {"stop_ids": renderer.stop_ids, "generation_prompt": closing.header}
+        facts |= {"stop_text": closing.last.text[: closing.last.length] if closing.last else renderer.default.eos}
+        facts |= {"template": renderer.describe(), "pad_is_end": renderer.tokenizer.pads_with_end}
+        facts |= {"tokenizer_engine": renderer.encoder.engine.facts(), "tokenizer_opened": renderer.tokenizer.engine}
+        num_in = self.totals["num_in"]
+        return Outcome(Counts(num_in, num_in - len(self.refused), dict(reasons)), facts)
 
 
-def _num_learned(example: Rendered) -> int:
-    """Tokens that a model writes, in turns that are to be learned; the first token of an example is never a target."""
-    learned = _IS_LEARNED[example.kinds[1:]]
-    if bool((example.turn_weights > 0).all()):
-        return int(learned.sum())
-    return int((learned & (example.turn_weights[np.maximum(example.turns[1:], 0)] > 0)).sum())
+def _num_learned(block: Block) -> Int64:
+    """Per example: tokens that a model writes (marks too), in turns that are to be learned; the first token is no target."""
+    learned = _IS_LEARNED[block.kinds] | ((block.kinds == Kind.SCAFFOLD) & (block.turns >= 0))
+    edges = np.concatenate([[0], np.cumsum(block.num_tokens)])
+    if not (block.turn_weights > 0).all():
+        first_turn = np.repeat(np.cumsum(block.num_turns) - block.num_turns, block.num_tokens)
+        learned &= block.turn_weights[first_turn + np.maximum(block.turns, 0)] > 0
+    learned[edges[:-1]] = False
+    sums = np.concatenate([[0], np.cumsum(learned)])
+    counts: Int64 = np.diff(sums[edges])
+    return counts
 
 
-def _dropped(row: int, conversation: Conversation, refusal: Refusal) -> Dropped:
-    where = conversation.where
-    detail = f"turn {refusal.turn}: {refusal.detail}" if refusal.turn >= 0 else refusal.detail
-    excerpt = conversation.turns[0].content[:200] if conversation.turns else ""
-    return Dropped(where.source, where.file, where.line, row, refusal.reason, detail, excerpt)
+class _Names(Sequence[str]):
+    """The ids of a batch's records, read when an error needs one."""
+
+    def __init__(self, path: Path, source: str, rows: Int64) -> None:
+        self.path, self.source, self.rows = path, source, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, record: Any) -> Any:
+        row = int(self.rows[record])
+        where = records_at(self.path, [row])[row]
+        return f"{self.source}/{where['file']}:{where['line']}"
+
+
+def _detail(refusal: Refusal) -> str:
+    return f"turn {refusal.turn}: {refusal.detail}" if refusal.turn >= 0 else refusal.detail
+
+
+def _write_refusals(path: Path, source: str, conversations: Path, refused: Sequence[tuple[int, Refusal]]) -> None:
+    """A table of records set aside, each with where it was read."""
+    where = records_at(conversations, [row for row, _ in refused])
+    rows = []
+    for row, refusal in refused:
+        at = where[row]
+        excerpt = at["turns"][0]["content"][:200]
+        rows.append(Dropped(source, at["file"], at["line"], row, refusal.reason, _detail(refusal), excerpt))
+    write_records(path, DROPPED, rows)

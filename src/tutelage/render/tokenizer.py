@@ -6,13 +6,13 @@ tokenizer for its class; it is used exactly where it could make a difference, an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import orjson
 from tokenizers import AddedToken, Tokenizer
 
 from tutelage.errors import TemplateError
@@ -22,7 +22,7 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 AS_IS_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OpenTokenizer:
     """A tokenizer ready for batches.
 
@@ -35,6 +35,12 @@ class OpenTokenizer:
     end_tokens: tuple[str, ...]
     templates: dict[str, str]
     engine: str
+
+    @property
+    def pads_with_end(self) -> bool:
+        """Whether the padding token is an end token, or there is none (so that others pad with the end token)."""
+        pad = self.special_tokens.get("pad_token")
+        return pad is None or pad in self.end_tokens
 
     @cached_property
     def special(self) -> dict[str, AddedToken]:
@@ -52,9 +58,14 @@ class OpenTokenizer:
 
     @cached_property
     def layout(self) -> dict[str, Any]:
-        """The tokenizer's JSON without its vocabulary: normalizer, pre_tokenizer, decoder."""
-        whole = json.loads(self.backend.to_str())
-        return {name: whole.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")}
+        """The tokenizer's JSON without its vocabulary."""
+        return {name: self.whole.get(name) for name in ("normalizer", "pre_tokenizer", "decoder", "added_tokens")}
+
+    @cached_property
+    def whole(self) -> dict[str, Any]:
+        """The tokenizer's JSON."""
+        found: dict[str, Any] = orjson.loads(self.backend.to_str())
+        return found
 
     def id_of(self, token: str) -> int:
         """The id of a token's text; TemplateError when the vocabulary lacks it."""
@@ -64,11 +75,18 @@ class OpenTokenizer:
         return int(found)
 
 
+READY = "opened_tokenizer.json"
+"""A tokenizer that only `AutoTokenizer` opens rightly, as it came out: what it writes into a folder that keeps one."""
+
+
 def open_tokenizer(folder: Path) -> OpenTokenizer:
     """The tokenizer of a folder that `AutoTokenizer.from_pretrained` can load; ids are the same as its ids."""
     config = _json(folder / "tokenizer_config.json")
-    why = _why_not_as_is(folder, config)
-    if why is None:
+    if (folder / READY).exists():
+        ready = _json(folder / READY)
+        backend, special, templates = Tokenizer.from_str(ready["backend"]), ready["special_tokens"], ready["templates"]
+        engine = "transformers.AutoTokenizer, as kept from the first time"
+    elif (why := _why_not_as_is(folder, config)) is None:
         backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
         special, templates = named_tokens(config), template_in(folder, config)
         engine = "tokenizers: tokenizer.json is used as it is"
@@ -140,5 +158,5 @@ def _end_tokens(folder: Path, backend: Tokenizer, special: Mapping[str, str]) ->
 def _json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    loaded: dict[str, Any] = orjson.loads(path.read_bytes())
     return loaded

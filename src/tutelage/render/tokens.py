@@ -10,24 +10,29 @@ Arrays of a batch are flat: N tokens, B bytes, E examples. Positions count UTF-8
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from functools import cache, cached_property, lru_cache
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import numpy as np
 
-from tutelage.records import Int32, Int64, UInt8
+from tutelage.records import Int32, Int64, Kind, UInt8
 from tutelage.render.cells import Cells
+from tutelage.render.engines import Chosen, Reference, Texts
 from tutelage.render.tokenizer import OpenTokenizer
 
 BATCH_TEXTS = 4096
-"""Texts per call of the Rust tokenizer: smaller ones leave cores idle, larger ones cost memory and time."""
+"""Texts that are encoded together: fewer leave cores idle, more cost memory and time."""
 
-_PRIORITY = np.array([0, 1, 1, 3, 3, 3, 1, 2], np.uint8)
-"""By kind: who gets a token that straddles a border. What the model writes, then its stop, then what it reads, then scaffold."""
+_PRIORITY = np.array([0, 1, 1, 4, 4, 4, 1, 3], np.uint8)
+"""By kind: who gets a token that straddles a border. What the model writes, then its stop, marks, what it reads, scaffold."""
+_MARK_PRIORITY = 2
+_WORD = 8
 
 
 @dataclass
@@ -84,6 +89,18 @@ class ByteTable:
         """The number of ids."""
         return len(self.is_special)
 
+    @cached_property
+    def flat(self) -> tuple[UInt8, Int64]:
+        """The bytes of all tokens one after another, and where each begins, with the total."""
+        return np.frombuffer(b"".join(self.texts), np.uint8), _offsets(self.lengths)
+
+    @cached_property
+    def words(self) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes 0-7 and 8-15 of every token as little-endian u64, zeros behind its end: what comparing 8 bytes at once needs."""
+        padded = b"".join(text[: 2 * _WORD].ljust(2 * _WORD, b"\0") for text in self.texts)
+        pairs = np.frombuffer(padded, "<u8").reshape(-1, 2)
+        return pairs[:, 0].copy(), pairs[:, 1].copy()
+
 
 def byte_table(tokenizer: OpenTokenizer) -> ByteTable | None:
     """The vocabulary as bytes, or None when the tokenizer's pieces are not plain bytes of the text."""
@@ -94,8 +111,11 @@ def byte_table(tokenizer: OpenTokenizer) -> ByteTable | None:
     added = {token.content for token in tokenizer.backend.get_added_tokens_decoder().values()}
     is_byte_level = _types(layout["decoder"]) == ["ByteLevel"]
     texts = [b""] * (max(vocabulary.values(), default=-1) + 1)
-    for token, token_id in vocabulary.items():
-        texts[token_id] = token.encode() if is_byte_level and token in added else spell(token)
+    plain = [token for token in vocabulary if token not in added]
+    for token, spelled in zip(plain, _spelled_together(plain) if is_byte_level else map(spell, plain), strict=True):
+        texts[vocabulary[token]] = spelled
+    for token in added & vocabulary.keys():
+        texts[vocabulary[token]] = token.encode() if is_byte_level else spell(token)
     is_special = special_ids(tokenizer, len(texts))
     has_dummy = "Prepend" in _types(layout["normalizer"])
     if has_dummy:
@@ -119,52 +139,88 @@ def _types(component: Any) -> list[str]:
     return [component["type"]] if inner is None else [name for part in inner for name in _types(part)]
 
 
-def _speller(layout: dict[str, Any]) -> Any:
+def _speller(layout: dict[str, Any]) -> Callable[[str], bytes] | None:
     """How a token's text becomes bytes in this tokenizer; None when we cannot tell."""
     decoders, before = _types(layout["decoder"]), _types(layout["pre_tokenizer"])
-    if "Metaspace" in before or '"add_prefix_space": true' in str(layout["pre_tokenizer"]).replace("'", '"').replace(
-        "True", "true"
-    ):
+    if "Metaspace" in before or '"add_prefix_space": true' in json.dumps(layout["pre_tokenizer"]):
         return None
     if decoders == ["ByteLevel"]:
-        alphabet = _byte_alphabet()
-        return lambda token: bytes(alphabet[c] for c in token) if all(c in alphabet for c in token) else token.encode()
+        return _byte_spelling
     if "ByteFallback" in decoders and "Replace" in decoders:
-        return lambda token: bytes([int(token[3:5], 16)]) if _BYTE.fullmatch(token) else token.replace("▁", " ").encode()
+        return _piece_spelling
     return None
+
+
+def _spelled_together(tokens: Sequence[str]) -> list[bytes]:
+    """All tokens of a byte-level vocabulary as bytes: one letter is one byte, so one translation serves them all."""
+    try:
+        data = "".join(tokens).translate(_LETTERS).encode("latin-1")
+    except UnicodeEncodeError:
+        return [_byte_spelling(token) for token in tokens]
+    ends = list(accumulate(map(len, tokens), initial=0))
+    return [data[a:b] for a, b in pairwise(ends)]
+
+
+def _byte_spelling(token: str) -> bytes:
+    try:
+        return token.translate(_LETTERS).encode("latin-1")
+    except UnicodeEncodeError:
+        return token.encode()
+
+
+def _piece_spelling(token: str) -> bytes:
+    if token.startswith("<0x") and _BYTE.fullmatch(token):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("▁", " ").encode()
 
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """The letters that byte-level vocabularies write bytes with (GPT-2's `bytes_to_unicode`), inverted."""
+def _byte_alphabet() -> dict[int, str]:
+    """The letters that byte-level vocabularies write bytes with (GPT-2's `bytes_to_unicode`), to the byte as a character.
+
+    Characters that are no such letter go where latin-1 cannot follow.
+    """
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in set(shown)]
-    return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+    unknown = dict.fromkeys(hidden, "▁")
+    return unknown | {b: chr(b) for b in shown} | {256 + i: chr(b) for i, b in enumerate(hidden)}
+
+
+_LETTERS = _byte_alphabet()
+
+
+@lru_cache(maxsize=2)
+def _table_of(tokenizer: OpenTokenizer) -> ByteTable | None:
+    """One table for all sources of a tokenizer."""
+    return byte_table(tokenizer)
 
 
 class Encoder:
-    """Encodes batches of texts with one tokenizer."""
+    """Encodes batches of texts with one tokenizer, through the engine chosen for it (the reference, when none is given)."""
 
-    def __init__(self, tokenizer: OpenTokenizer) -> None:
+    def __init__(self, tokenizer: OpenTokenizer, engine: Chosen | None = None) -> None:
         self.tokenizer = tokenizer
-        self.table = byte_table(tokenizer)
+        reference = Reference(tokenizer.backend)
+        self.engine = engine or Chosen(reference, reference, "none other was chosen")
+        self.table = _table_of(tokenizer)
         self.is_special = self.table.is_special if self.table is not None else special_ids(tokenizer)
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Ids and byte positions of whole texts; ids are those of `tokenizer(text, add_special_tokens=False)`."""
-        raw = [text.encode() for text in texts]
-        num_bytes = np.fromiter(map(len, raw), np.int64, len(raw))
+        return self.encode_batch(Texts.of(texts))
+
+    def encode_batch(self, batch: Texts) -> Encoded:
+        """The same for texts that are already bytes end to end; EngineDiffers when a fast engine turns out not to be exact."""
+        num_bytes = np.diff(batch.offsets)
         if self.table is None:
-            return self._by_offsets(texts, num_bytes)
-        rows = [encoding.ids for encoding in self.tokenizer.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        num_tokens = np.fromiter(map(len, rows), np.int64, len(rows))
-        ids = np.fromiter(chain.from_iterable(rows), np.int32, int(num_tokens.sum()))
-        encoded = _by_bytes(self.table, ids, num_tokens, raw)
+            return self._by_offsets(list(batch.texts), num_bytes)
+        ids, num_tokens = self.engine.encode(batch)
+        encoded = _by_bytes(self.table, ids, num_tokens, batch)
         unproved = np.flatnonzero(~encoded.is_proved)
         if len(unproved):
-            again = self._by_offsets([texts[i] for i in unproved.tolist()], num_bytes[unproved])
+            again = self._by_offsets([batch.texts[i] for i in unproved.tolist()], num_bytes[unproved])
             _patch(encoded, unproved, again)
         return encoded
 
@@ -198,25 +254,119 @@ def _plain(text: str) -> str:
     return unicodedata.normalize("NFC", text.removeprefix(" "))
 
 
-def _by_bytes(table: ByteTable, ids: Int32, num_tokens: Int64, raw: Sequence[bytes]) -> Encoded:
+def _by_bytes(table: ByteTable, ids: Int32, num_tokens: Int64, batch: Texts) -> Encoded:
     """Positions from token lengths, proved by comparing the tokens' bytes with the texts'.
 
     >>> table = ByteTable([b"a", b"bc"], np.array([1, 2]), np.zeros(2, bool), False)
-    >>> made = _by_bytes(table, np.array([0, 1, 1], np.int32), np.array([2, 1]), [b"abc", b"bc"])
+    >>> made = _by_bytes(table, np.array([0, 1, 1], np.int32), np.array([2, 1]), Texts.of(["abc", "bc"]))
     >>> made.starts, made.ends, made.is_proved
     (array([0, 1, 3]), array([1, 3, 5]), array([ True,  True]))
     """
-    spelled = ids + table.size * _dummies(table, ids, num_tokens)
-    lengths = table.lengths[spelled]
+    spelled = ids + table.size * _dummies(table, ids, num_tokens) if table.has_dummy else ids
+    walk = _compiled() if len(ids) > _WORTH_COMPILING else _walk_arrays
+    starts, ends, is_proved = walk(spelled, _offsets(num_tokens), table, batch)
+    return Encoded(ids, starts, ends, num_tokens, np.diff(batch.offsets), is_proved)
+
+
+Walk = Callable[[np.ndarray, Int64, ByteTable, Texts], tuple[Int64, Int64, np.ndarray]]
+"""(spelled ids, first token of each example, table, texts) to byte positions of tokens and what is proved of examples."""
+_WORTH_COMPILING = 100_000
+
+
+def _walk_arrays(ids: np.ndarray, first: Int64, table: ByteTable, batch: Texts) -> tuple[Int64, Int64, np.ndarray]:
+    """The walk as array operations."""
+    lengths = table.lengths[ids].astype(np.int64)
     ends = np.cumsum(lengths, dtype=np.int64)
-    sums = np.concatenate([[0], ends])[_offsets(num_tokens)]
-    text = b"".join(map(table.texts.__getitem__, spelled.tolist()))
-    edges = pairwise(sums.tolist())
-    is_proved = np.fromiter((text[a:b] == own for (a, b), own in zip(edges, raw, strict=True)), bool, len(raw))
-    num_bytes = np.fromiter(map(len, raw), np.int64, len(raw))
+    sums = np.concatenate([[0], ends])[first]
+    is_proved = np.diff(sums) == np.diff(batch.offsets)
     # An example of another length shifts all that follow: move each to where its text begins.
-    shift = np.repeat(_offsets(num_bytes)[:-1] - sums[:-1], num_tokens)
-    return Encoded(ids, ends - lengths + shift, ends + shift, num_tokens, num_bytes, is_proved)
+    ends += np.repeat(batch.offsets[:-1] - sums[:-1], np.diff(first))
+    starts = ends - lengths
+    wrong = _differing(table, ids, starts, lengths, batch.data)
+    is_proved[np.searchsorted(first, wrong, "right") - 1] = False
+    return starts, ends, is_proved
+
+
+@cache
+def _compiled() -> Walk:
+    """The walk compiled on first use, and kept on disk where a folder for it can be written: five times as fast."""
+    import numba
+
+    try:
+        kernel: Any = numba.njit(cache=True, nogil=True)(_walk)
+    except RuntimeError:  # no folder that can be written: compile in every process
+        kernel = numba.njit(nogil=True)(_walk)
+
+    def walk(ids: np.ndarray, first: Int64, table: ByteTable, batch: Texts) -> tuple[Int64, Int64, np.ndarray]:
+        starts, ends, is_proved = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64), np.empty(len(batch), bool)
+        kernel(ids, first, *table.words, *table.flat, *_words_at(batch.data), batch.offsets, starts, ends, is_proved)
+        return starts, ends, is_proved
+
+    return walk
+
+
+def _walk(  # noqa: PLR0913 - a kernel takes arrays, not objects
+    ids: np.ndarray,
+    first: Int64,
+    near: np.ndarray,
+    far: np.ndarray,
+    flat: UInt8,
+    begins: Int64,
+    data: UInt8,
+    words: np.ndarray,
+    offsets: Int64,
+    starts: Int64,
+    ends: Int64,
+    is_proved: np.ndarray,
+) -> None:
+    """Plain loops, for numba: token by token, eight bytes at a time."""
+    full = np.uint64(0xFFFFFFFFFFFFFFFF)
+    for example in range(len(offsets) - 1):
+        at, until = offsets[example], offsets[example + 1]
+        is_same = True
+        for token in range(first[example], first[example + 1]):
+            i = ids[token]
+            begin = begins[i]
+            length = begins[i + 1] - begin
+            starts[token] = at
+            is_same = is_same and at + length <= until
+            if is_same and length > 0:
+                mask = full if length >= _WORD else full >> np.uint64(64 - 8 * length)
+                is_same = (words[at] & mask) == near[i]
+                if length > _WORD:
+                    rest = length - _WORD
+                    mask = full if rest >= _WORD else full >> np.uint64(64 - 8 * rest)
+                    is_same = is_same and (words[at + _WORD] & mask) == far[i]
+                for k in range(2 * _WORD, length):
+                    is_same = is_same and data[at + k] == flat[begin + k]
+            at += length
+            ends[token] = at
+        is_proved[example] = is_same and at == until
+
+
+def _words_at(data: bytes) -> tuple[UInt8, np.ndarray]:
+    """The bytes, and the eight bytes from each place on as one number."""
+    padded = data + b"\0" * (2 * _WORD)
+    return np.frombuffer(padded, np.uint8), np.ndarray((len(padded) - _WORD + 1,), "<u8", padded, strides=(1,))
+
+
+def _differing(table: ByteTable, ids: np.ndarray, starts: Int64, lengths: Int64, data: bytes) -> Int64:
+    """The tokens whose bytes are not those of the data at their place, eight bytes compared at a time."""
+    _, at = _words_at(data)
+    top = len(data)
+    near, far = table.words
+    starts = np.clip(starts, 0, top)
+    wrong = (at[starts] & _MASKS[np.minimum(lengths, _WORD)]) != near[ids]
+    long = np.flatnonzero(lengths > _WORD)
+    if len(long):
+        rest = np.minimum(lengths[long] - _WORD, _WORD)
+        wrong[long] |= (at[np.minimum(starts[long] + _WORD, top)] & _MASKS[rest]) != far[ids[long]]
+        for i in long[lengths[long] > 2 * _WORD].tolist():
+            wrong[i] |= data[starts[i] : starts[i] + lengths[i]] != table.texts[ids[i]]
+    return np.flatnonzero(wrong)
+
+
+_MASKS = np.array([(1 << (8 * n)) - 1 for n in range(_WORD + 1)], np.uint64)
 
 
 def _dummies(table: ByteTable, ids: Int32, num_tokens: Int64) -> Int64:
@@ -290,6 +440,7 @@ def label(encoded: Encoded, cell_ends: Int64, cell_kinds: UInt8, cell_turns: np.
     )
     if len(straddles):
         priority = _PRIORITY[cell_kinds]
+        priority[(cell_kinds == Kind.SCAFFOLD) & (cell_turns >= 0)] = _MARK_PRIORITY
         order = straddles[np.argsort(priority[straddles], kind="stable")]
         tokens = before[order]
         wins = priority[order] > priority[cell[tokens]]

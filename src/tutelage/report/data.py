@@ -184,6 +184,8 @@ class ReportData:
     train_facts: Mapping[str, Any] = field(default_factory=dict)
     licences: Mapping[str, int] = field(default_factory=dict)
     origins: Mapping[str, int] = field(default_factory=dict)
+    audit: Mapping[str, Any] = field(default_factory=dict)
+    """What the audit found and measured, as `check --data --json` prints it."""
     base_model: str = ""
     adapter: str = ""
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,7 +13,7 @@ import pyarrow.parquet as pq
 from tutelage.records import Dropped
 from tutelage.report.data import NO_DROPS, PLANNED, DroppedGroup, SourceFlow
 from tutelage.store import Artefact
-from tutelage.tables import DROPPED, read_table
+from tutelage.tables import DROPPED, read_table, records_at
 
 Inputs = Mapping[str, Artefact]
 """A run's artefacts by the label of their stage."""
@@ -123,21 +121,6 @@ def _placed(drops: Sequence[Dropped], read: Artefact) -> Iterator[Dropped]:
             line=drop.line or record["line"],
             excerpt=drop.excerpt or said[:_EXCERPT_CHARS],
         )
-
-
-def records_at(path: Path, rows: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """Records by position; only the row groups that hold them are read."""
-    out: dict[int, dict[str, Any]] = {}
-    file, first = pq.ParquetFile(path), 0
-    for group in range(file.metadata.num_row_groups):
-        end = first + file.metadata.row_group(group).num_rows
-        here = [row for row in rows if first <= row < end]
-        if here:
-            table = file.read_row_group(group, columns=["file", "line", "turns"])
-            records = table.take(pa.array([row - first for row in here], pa.int64())).to_pylist()
-            out |= dict(zip(here, records, strict=True))
-        first = end
-    return out
 
 
 def rewritten(inputs: Inputs) -> dict[str, int]:

@@ -29,11 +29,11 @@ from tutelage.report.data import (
     ShownExample,
     TaskMixture,
 )
-from tutelage.report.fates import Inputs, dropped_groups, flows, labels, of_stage, records_at, rewritten
+from tutelage.report.fates import Inputs, dropped_groups, flows, labels, of_stage, rewritten
 from tutelage.report.look import Decode, runs, shortened, token_texts
 from tutelage.report.spec import ReportSpec
 from tutelage.store import Artefact
-from tutelage.tables import PLACEMENTS, PLAN_STEPS, STEPS, Shards, read_samples, read_scores, read_table
+from tutelage.tables import PLACEMENTS, PLAN_STEPS, STEPS, Shards, read_samples, read_scores, read_table, records_at
 from tutelage.tables import PLANNED as PLANNED_SCHEMA
 
 Weigh = Callable[[Rendered], Float32]

@@ -33,7 +33,7 @@ def render_page(data: ReportData) -> str:
     page = _environment().from_string(template)
     return page.render(
         data=data,
-        policy=_policy(css, js),
+        policy=content_policy(css, js),
         css=Markup(css),
         js=Markup(js),
         version=tutelage.__version__,
@@ -57,7 +57,8 @@ def package_file(name: str) -> str:
     return resources.files("tutelage.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _policy(css: str, js: str) -> str:
+def content_policy(css: str, js: str) -> str:
+    """The content policy of a page with exactly this style sheet and this script, and nothing fetched."""
     allowed = (
         "default-src 'none'",
         f"style-src {_source(css)}",
@@ -106,6 +107,7 @@ def _sections(data: ReportData) -> Iterator[tuple[str, str]]:
         ("verdict", "Verdict", True),
         ("data", "Data", data.flows),
         ("mixture", "Mixture", data.mixture),
+        ("audit", "Audit", data.audit),
         ("training", "Training", data.curves),
         ("samples", "Samples", data.samples),
         ("examples", "Examples", data.examples),
@@ -142,6 +144,9 @@ def _tables(data: ReportData) -> dict[str, Any]:
         "flow_table": tables.flow_table(data.flows),
         "mixture_table": tables.mixture_table(data.mixture),
         "realised_table": tables.realised_table(data.mixture),
+        "supervision_table": tables.supervision_table(data.audit.get("sources", {})),
+        "finding_table": tables.finding_table(data.audit.get("findings", ())),
+        "finding_lines": tables.finding_lines(data.audit.get("findings", ())),
         "accounting_table": tables.accounting_table(data.accounts),
         "steps": tables.steps_table(data.plan_facts).texts(),
         "train_facts": tables.fact_rows(data.train_facts),

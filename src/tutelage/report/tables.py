@@ -278,6 +278,56 @@ def explain_table(statuses: Sequence[Mapping[str, Any]]) -> Table:
     return Table("Stages", columns, tuple(rows))
 
 
+def finding_table(findings: Sequence[Mapping[str, Any]]) -> Table:
+    """What the audit found, one row per finding and source, the gravest first."""
+    columns = (
+        Column("severity", "severity"),
+        Column("finding", "finding"),
+        Column("source", "source", "name"),
+        Column("num", "found", "count"),
+        Column("of", "of", "count"),
+        Column("unit", "counted in"),
+        Column("share", "share", "share"),
+        Column("records", "first"),
+    )
+    rows = [
+        (part["severity"], spoken(finding["finding"]), part["source"], part["num"], part["of"], f"{finding['unit']}s",
+         part["share"], ", ".join(part["records"] or part["details"]))
+        for finding in findings
+        for part in finding["sources"]
+    ]  # fmt: skip
+    return Table("Audit of the planned examples" if rows else "Audit: nothing was found", columns, tuple(rows))
+
+
+def supervision_table(sources: Mapping[str, Mapping[str, Any]]) -> Table:
+    """How much of each source is learned, and how it varies from example to example, from what the audit measured."""
+    columns = (
+        Column("source", "source", "name"),
+        Column("num_examples", "examples", "count"),
+        Column("num_tokens", "tokens", "count"),
+        Column("learned", "learned", "share"),
+        *(Column(f"q{q}", f"{q} % of examples below", "share") for q in (5, 50, 95)),
+        Column("with_system", "with a system turn", "share"),
+    )
+    rows = []
+    for name, facts in sources.items():
+        shares = facts.get("supervised_share", {"quantiles": {}})
+        quantiles = [shares["quantiles"].get(str(q)) for q in (5, 50, 95)]
+        num = facts["num_records"]
+        with_system = facts["num_with_system"] / num if num else None
+        rows.append((name, facts["num_examples"], facts.get("num_tokens", 0), shares.get("total"), *quantiles, with_system))
+    return Table("Share of tokens that are learned, by source", columns, tuple(rows))
+
+
+def finding_lines(findings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each finding means and what to do about it.
+
+    >>> finding_lines([{"severity": "error", "finding": "no_stop", "means": "it never ends", "remedy": "mend it"}])
+    ['error, no stop: it never ends. To do: mend it.']
+    """
+    return [f"{f['severity']}, {spoken(f['finding'])}: {f['means']}. To do: {f['remedy']}." for f in findings]
+
+
 def garbage_table(folders: Sequence[tuple[Any, int]]) -> Table:
     """What `gc` would remove, the largest first; the total last."""
     columns = (Column("path", "folder", "name"), Column("size_bytes", "size", "size"))

@@ -32,6 +32,12 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+MORE_FIELDS = (
+    *("reasoning_content", "reasoning", "thinking"),
+    *("tool_calls", "function_call", "name", "tool_call_id"),
+    *("weight", "train", "learn", "loss"),
+)
+"""What is read of a message beside its role and its text."""
 
 
 def messages(record: Record) -> Draft:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -13,17 +14,23 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tutelage.sources.bulk import Bulk, bulk_named
 from tutelage.sources.detect import Decision, check_columns, choose, shape_named, spread
-from tutelage.sources.keys import TurnRow, content_key, prompt_key
-from tutelage.sources.parse import Record, parse
+from tutelage.sources.keys import ROLE_OF_LETTER, TurnRow, content_key, encoded, keys_of_all, prompt_key
+from tutelage.sources.parse import Record, parse, parse_all
 from tutelage.sources.reasons import MALFORMED, MAX_EXCERPT_CHARACTERS, Malformed, excerpt_of, printable
 from tutelage.sources.scan import Block
 from tutelage.sources.shapes import placeholders, split_instances
 from tutelage.sources.spec import IntakeSpec, SourceSpec
 from tutelage.tables import CONVERSATIONS, DROPPED, ConversationColumns
 
-ROWS_PER_GROUP = 50_000
-CHARACTERS_PER_GROUP = 64_000_000  # bounds memory where records are long
+ROWS_PER_GROUP = 20_000
+CHARACTERS_PER_GROUP = 16_000_000  # bounds memory where records are long
+MANY = 512
+"""Records that are taken together where all are ordinary; where one is not, FEW are tried, and then single ones."""
+FEW = 32
+REPEATED_COLUMNS = ["file", "task", "licence", "origin", "turns.list.element.role"]
+"""Of conversations.parquet: what is written as a code per value; texts and keys hardly ever repeat."""
 ROW_UNKNOWN = -1
 
 
@@ -64,6 +71,25 @@ class Labels:
         if self.intake.origins is not None and not is_origin_allowed(origin, self.intake.origins):
             return Refusal("origin_not_allowed", f"{origin}; allowed: {', '.join(self.intake.origins)}")
         return task, licence, origin
+
+    def of_all(self, records: Sequence[Record]) -> Sequence[Sequence[str]] | None:
+        """As `of` for each of many records, as three columns; None when not all are let in by labels that are texts."""
+        columns = [[record.get(name) for record in records] for name in self.columns]
+        if not {str}.issuperset(map(type, chain.from_iterable(columns))):
+            return None
+        values = list(zip(*columns, strict=True)) if columns else [()]
+        found = {value: self._of_texts(value) for value in set(values)}
+        labels = [label for value in values if (label := found[value]) is not None]
+        if len(labels) < len(values):
+            return None
+        return list(zip(*labels, strict=True)) if columns else [[label] * len(records) for label in labels[0]]
+
+    def _of_texts(self, values: Sequence[str]) -> tuple[str, str, str] | None:
+        try:
+            labels = self.of(dict(zip(self.columns, values, strict=True)))
+        except Malformed:
+            return None
+        return None if isinstance(labels, Refusal) else labels
 
     @staticmethod
     def _label(record: Record, column: str | None, otherwise: str) -> str:
@@ -133,6 +159,35 @@ def write_group(writer: pq.ParquetWriter | None, path: Path, table: pa.Table) ->
     return writer
 
 
+class GroupWriter:
+    """Row groups of a Parquet file, compressed and written by a thread of its own while the next one is gathered."""
+
+    def __init__(self, path: Path) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._writer = pq.ParquetWriter(
+            path, CONVERSATIONS, compression="zstd", compression_level=1, use_dictionary=REPEATED_COLUMNS
+        )
+        self._waiting: Future[None] | None = None
+
+    def write(self, columns: ConversationColumns) -> None:
+        """Takes the next row group, once the last one is written; raises what went wrong with that one."""
+        self._wait()
+        self._waiting = self._thread.submit(self._append, columns)
+
+    def close(self) -> None:
+        """The file is whole, or raises."""
+        self._wait()
+        self._writer.close()
+        self._thread.shutdown()
+
+    def _wait(self) -> None:
+        if self._waiting is not None:
+            self._waiting.result()
+
+    def _append(self, columns: ConversationColumns) -> None:
+        self._writer.write_table(columns.table())
+
+
 @dataclass
 class Gatherer:
     """Takes the blocks of a source's files; bounded memory, whatever their size."""
@@ -145,7 +200,9 @@ class Gatherer:
     _columns: ConversationColumns = field(default_factory=ConversationColumns)
     _turns: list[TurnRow] = field(default_factory=list)
     _num_characters: int = 0
-    _writer: pq.ParquetWriter | None = None
+
+    def __post_init__(self) -> None:
+        self._groups = GroupWriter(self.path)
 
     def take_file(self, name: str, blocks: Iterator[Block], advance: Callable[[int], None]) -> dict[str, Any]:
         """Reads one file and returns its facts: records, bad ones, shape, why."""
@@ -161,8 +218,7 @@ class Gatherer:
     def close(self) -> None:
         """Writes what is left; the file is there even when it has no record."""
         self._flush()
-        assert self._writer is not None
-        self._writer.close()
+        self._groups.close()
 
     @property
     def num_bad(self) -> int:
@@ -185,6 +241,43 @@ class Gatherer:
         return chain([first], blocks), decision
 
     def _take_block(self, file: str, block: Block, shape: str) -> None:
+        is_refused = isinstance(self.labels.constant(), Refusal)
+        bulk = None if is_refused else bulk_named(shape, self.labels.spec.columns)
+        for many in _parts(block, MANY):
+            if not self._take_together(file, many, bulk):
+                for few in _parts(many, FEW):
+                    if not self._take_together(file, few, bulk):
+                        self._take_singly(file, few, shape)
+
+    def _take_together(self, file: str, block: Block, bulk: Bulk | None) -> bool:
+        """Takes all of these records at once, or none when one of them is not ordinary."""
+        if bulk is None:
+            return False
+        kinds = set(map(type, block.items))
+        records = parse_all(block.items) if kinds == {bytes} else block.items if kinds == {dict} else None
+        if records is None or (labels := self.labels.of_all(records)) is None or (texts := bulk(records)) is None:
+            return False
+        num_characters = sum(map(len, texts.contents))
+        contents = encoded(texts.contents) if num_characters < CHARACTERS_PER_GROUP else None
+        if contents is None:
+            return False
+        content_keys, prompt_keys = keys_of_all(texts.orders, texts.contents)
+        self._unload()
+        columns = self._columns
+        columns.content_key += content_keys
+        columns.prompt_key += prompt_keys
+        columns.file += [file] * len(records)
+        columns.line += block.lines
+        columns.part += [0] * len(records)
+        for column, values in zip((columns.task, columns.licence, columns.origin), labels, strict=True):
+            column += values
+        columns.tools += [None] * len(records)
+        columns.num_turns += map(len, texts.orders)
+        columns.add_plain_turns([ROLE_OF_LETTER[letter] for letter in "".join(texts.orders)], contents)
+        self._count(len(records), num_characters)
+        return True
+
+    def _take_singly(self, file: str, block: Block, shape: str) -> None:
         convert = shape_named(shape, self.labels.spec.columns)
         is_task = shape == "natural_instructions"
         constant = self.labels.constant()
@@ -225,9 +318,12 @@ class Gatherer:
         columns.tools.append(tools)
         columns.num_turns.append(len(turns))
         self._turns += turns
-        self.num_records += 1
-        self._num_characters += len(turns[0][1]) + len(turns[-1][1])
-        if len(columns.line) >= ROWS_PER_GROUP or self._num_characters >= CHARACTERS_PER_GROUP:
+        self._count(1, sum(len(turn[1]) for turn in turns))
+
+    def _count(self, num_records: int, num_characters: int) -> None:
+        self.num_records += num_records
+        self._num_characters += num_characters
+        if len(self._columns) >= ROWS_PER_GROUP or self._num_characters >= CHARACTERS_PER_GROUP:
             self._flush()
 
     def _set_aside(self, file: str, line: int, error: Malformed, item: Any, part: int | None = None) -> None:
@@ -240,23 +336,22 @@ class Gatherer:
             self.num_records += 1
             self.dropped.add(file, line, refusal.reason, detail=refusal.detail, excerpt=_excerpt(part))
 
+    def _unload(self) -> None:
+        """Hands the turns of single records to the columns."""
+        if self._turns:
+            self._columns.add_turns(zip(*self._turns, strict=True))
+            self._turns = []
+
     def _flush(self) -> None:
-        columns = self._columns
-        fields = zip(*self._turns, strict=True) if self._turns else [() for _ in range(7)]
-        names = (
-            columns.role,
-            columns.content,
-            columns.reasoning,
-            columns.tool_calls,
-            columns.name,
-            columns.call_id,
-            columns.weight,
-        )
-        for target, values in zip(names, fields, strict=True):
-            target.extend(values)  # type: ignore[attr-defined]
-        self.num_kept += len(columns)
-        self._writer = write_group(self._writer, self.path, columns.table().cast(CONVERSATIONS))
-        self._columns, self._turns, self._num_characters = ConversationColumns(), [], 0
+        self._unload()
+        self.num_kept += len(self._columns)
+        self._groups.write(self._columns)
+        self._columns, self._num_characters = ConversationColumns(), 0
+
+
+def _parts(block: Block, size: int) -> Iterator[Block]:
+    for first in range(0, len(block.items), size):
+        yield Block(block.lines[first : first + size], block.items[first : first + size])
 
 
 def _is_blank(item: Any) -> bool:

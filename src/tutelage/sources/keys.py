@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from hashlib import blake2b
+from itertools import accumulate, pairwise
 from string import punctuation
 
+import numpy as np
+import pyarrow as pa
+
+from tutelage.records import ROLES
 from tutelage.sources.reasons import Malformed
 
 TurnRow = tuple[str, str, str | None, str | None, str | None, str | None, float | None]
 """The fields of `records.Turn` in order: role, content, reasoning, tool_calls, name, call_id, weight."""
 
+ROLE_OF_LETTER = {role[0]: role for role in ROLES}
+"""The order of a record's turns can be written as a word: `sua` = system, user, assistant."""
+
 _FIELDS_PER_TURN = 4
 _EDGE = punctuation + " "
+_EDGE_BYTES = _EDGE.encode()
+# ASCII letters lower, all that `str.split` takes for white space a space
+_PLAIN = bytes(ord(" " if chr(code).isspace() else chr(code).lower()) if code < 128 else code for code in range(256))
+
+# Western, Greek and Cyrillic letters, punctuation and symbols, Chinese characters: no accents that join a letter before them
+_ALONE = (range(0x80, 0x300), range(0x370, 0x483), range(0x2000, 0x2C00), range(0x3400, 0xA000))
+_ASCII = bytes(range(128))
 
 
 def content_key(turns: Sequence[TurnRow], tools: str | None) -> bytes:
@@ -44,6 +60,90 @@ def prompt_key(turns: Sequence[TurnRow]) -> bytes:
     return blake2b(normalise(first).encode(), digest_size=16).digest()
 
 
+def keys_of_all(orders: Sequence[str], contents: Sequence[str]) -> tuple[list[bytes], list[bytes]]:
+    """`content_key` and `prompt_key` of records whose turns have a role and a text only; `contents` is flat.
+
+    >>> content_keys, prompt_keys = keys_of_all(["ua"], ["2+2?", "4"])
+    >>> content_keys[0].hex()[:8]
+    '90980b77'
+
+    No text may hold a NUL, and all can be encoded (see `encoded`).
+    """
+    if set(orders) == {"ua"}:
+        requests = contents[::2]
+        pairs = zip(requests, contents[1::2], strict=True)
+        joined = [f"\0user\0{request}\0\0\0assistant\0{answer}\0\0" for request, answer in pairs]
+    else:
+        starts = list(accumulate(map(len, orders), initial=0))
+        requests = [contents[start + order.index("u")] for start, order in zip(starts, orders, strict=False)]
+        joined = [_form(order) % tuple(contents[a:b]) for order, (a, b) in zip(orders, pairwise(starts), strict=True)]
+    return _digests(map(str.encode, joined)), _digests(_normalise_all(requests))
+
+
+def encoded(texts: Sequence[str]) -> pa.StringArray | None:
+    """The texts as Arrow keeps them; None when one holds a NUL or half a surrogate pair."""
+    try:
+        array = pa.array(texts, pa.string())
+    except UnicodeEncodeError:
+        return None
+    characters = np.frombuffer(array.buffers()[2], np.uint8)
+    return array if characters.all() else None
+
+
+def _digests(texts: Iterable[bytes]) -> list[bytes]:
+    digests, start = [], blake2b(digest_size=16).copy
+    for text in texts:
+        digest = start()
+        digest.update(text)
+        digests.append(digest.digest())
+    return digests
+
+
+@lru_cache(maxsize=4096)
+def _form(order: str) -> str:
+    return "".join(f"\0{ROLE_OF_LETTER[letter]}\0%s\0\0" for letter in order)
+
+
+def _normalise_all(texts: Sequence[str]) -> list[bytes]:
+    """`normalise` of texts without NUL, encoded, all at once but for those in which characters may combine."""
+    folded = [text if text.isascii() else _fold(text) for text in texts]
+    characters = np.frombuffer("\0".join([text or "" for text in folded]).encode().translate(_PLAIN), np.uint8)
+    is_space = characters == ord(" ")
+    is_first = np.append(True, ~(is_space[1:] & is_space[:-1]))
+    pieces = characters[is_first[: len(characters)]].tobytes().split(b"\0")
+    normal = [piece.strip(_EDGE_BYTES) or piece.strip() for piece in pieces]
+    for index, text in enumerate(folded):
+        if text is None:
+            normal[index] = normalise(texts[index]).encode()
+        elif not text.isascii():
+            normal[index] = _strip(pieces[index].strip().decode()).encode()
+    return normal
+
+
+def _fold(text: str) -> str | None:
+    """The text with all characters beyond ASCII as NFKC_Casefold has them, white space a space; None when some may combine."""
+    for character in set(text.encode().translate(None, _ASCII).decode()):
+        folded = _fold_character(character)
+        if folded is None:
+            return None
+        if folded != character:
+            text = text.replace(character, folded)
+    return text
+
+
+@lru_cache(maxsize=65_536)
+def _fold_character(character: str) -> str | None:
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", character).casefold())
+    if not all(each.isascii() or _stands_alone(each) for each in [character, *folded]):
+        return None
+    return "".join([" " if each.isspace() else each for each in folded])
+
+
+def _stands_alone(character: str) -> bool:
+    """Whether no neighbour can change what normalisation makes of a character; many more do than this knows."""
+    return any(ord(character) in codes for codes in _ALONE) and not unicodedata.combining(character)
+
+
 def normalise(text: str) -> str:
     r"""The text as the split compares it: NFKC, case folded, white space collapsed, punctuation at both ends cut off.
 
@@ -57,7 +157,10 @@ def normalise(text: str) -> str:
         return text.strip(_EDGE) or text
     # Folding can undo the normal form and the other way round; NFKC_Casefold (Unicode 3.13, D146) ends where both agree.
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    text = " ".join(text.split())
+    return _strip(" ".join(text.split()))
+
+
+def _strip(text: str) -> str:
     start, stop = 0, len(text)
     while start < stop and _is_edge(text[start]):
         start += 1

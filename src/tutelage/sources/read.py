@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,8 +154,11 @@ def _bytes(file: DataFile) -> Iterator[bytes]:
         if first[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise DataError("is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
         yield first.removeprefix(_BOM)
-        while block := stream.read(BLOCK_BYTES):
-            yield bytes(block)
+        with ThreadPoolExecutor(1) as thread:  # unpacks the next block while this one is worked on
+            coming = thread.submit(stream.read, BLOCK_BYTES)
+            while block := coming.result():
+                coming = thread.submit(stream.read, BLOCK_BYTES)
+                yield bytes(block)
 
 
 def _json(file: DataFile, *, max_bytes: int) -> Iterator[Block]:

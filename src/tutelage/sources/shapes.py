@@ -227,7 +227,16 @@ def fill(template: str, record: Record) -> str:
 
 def placeholders(template: str) -> Iterable[str]:
     """The columns that a template reads."""
-    return _PLACEHOLDER.findall(template) if "{" in template else [template]
+    return split_template(template)[1::2]
+
+
+def split_template(template: str) -> list[str]:
+    """Text, column, text, column, ..., text.
+
+    >>> split_template("{title}: {body}"), split_template("summary")
+    (['', 'title', ': ', 'body', ''], ['', 'summary', ''])
+    """
+    return _PLACEHOLDER.split(template) if "{" in template else ["", template, ""]
 
 
 def _column(name: str, record: Record) -> str:

@@ -27,14 +27,13 @@ def held_out_flags(
     >>> held_out_flags(keys[:3], ["maths", "riddles", "maths"], share=0.4, unseen_tasks=["riddles"]).astype(int)
     array([0, 1, 1])
     """
-    mixed = blake2b(digest_size=8, key=seed.to_bytes(16, "little", signed=True))
-
-    def draw(prompt_key: bytes) -> bytes:
-        digest = mixed.copy()
+    start = blake2b(digest_size=8, key=seed.to_bytes(16, "little", signed=True)).copy
+    drawn = []
+    for prompt_key in prompt_keys:
+        digest = start()
         digest.update(prompt_key)
-        return digest.digest()
-
-    draws = np.frombuffer(b"".join(map(draw, prompt_keys)), "<u8")
+        drawn.append(digest.digest())
+    draws = np.frombuffer(b"".join(drawn), "<u8")
     # 2**64 * share as a whole number; at share 1.0 it does not fit into 64 bits, and holds out everything
     bound = round(share * _RANGE)
     flags = draws < np.uint64(bound) if bound < _RANGE else np.ones(len(draws), np.bool_)

@@ -161,10 +161,10 @@ def _split(path: Path, inputs: Mapping[str, Artefact], spec: SplitSpec, progress
         first = 0
         file = pq.ParquetFile(inputs[source].file(CONVERSATIONS_FILE))
         for batch in file.iter_batches(columns=["prompt_key", "task"]):
-            tasks = batch["task"].to_pylist()
-            flags = held_out_flags(
-                batch["prompt_key"].to_pylist(), tasks, share=spec.held_out_share, seed=spec.seed, unseen_tasks=spec.unseen_tasks
-            )
+            names = batch["task"].dictionary.to_pylist()
+            tasks = [names[code] for code in batch["task"].indices.to_numpy().tolist()]
+            keys = batch["prompt_key"].to_numpy(zero_copy_only=False).tolist()
+            flags = held_out_flags(keys, tasks, share=spec.held_out_share, seed=spec.seed, unseen_tasks=spec.unseen_tasks)
             sides = add_sides(sides, count_sides(tasks, flags))
             writer = write_group(writer, path, _split_table(source, first, flags))
             first += len(flags)
@@ -180,5 +180,5 @@ def _split(path: Path, inputs: Mapping[str, Artefact], spec: SplitSpec, progress
 
 def _split_table(source: str, first: int, flags: NDArray[np.bool_]) -> pa.Table:
     rows = np.arange(first, first + len(flags), dtype=np.int64)
-    sources = pa.array([source] * len(flags), pa.string()).cast(SPLIT.field("source").type)
+    sources = pa.DictionaryArray.from_arrays(np.zeros(len(flags), np.int32), pa.array([source]))
     return pa.table([sources, rows, flags], schema=SPLIT)
