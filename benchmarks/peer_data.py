@@ -71,7 +71,7 @@ def write_sets(patterns: Sequence[str], folder: Path, *, rows: int | None) -> di
     if not by_kind["single-turn"]:
         raise SystemExit(f"--data {' '.join(patterns)}: no single-turn conversations there; give globs of JSONL files")
     made = {}
-    for kind, found in by_kind.items():
+    for kind, found in sorted(by_kind.items(), reverse=True):
         random.Random(0).shuffle(found)
         wanted = rows or len(found)
         chosen = list(islice(_laps(found), wanted if kind == "single-turn" else min(wanted, len(found))))
@@ -148,14 +148,15 @@ def write_million(files: Iterable[str], target: Path, *, rows: int) -> None:
 # ---- model folders
 
 
-def write_models(tokenizers: str | None, folder: Path) -> dict[str, Path]:
+def write_models(tokenizers: str | None, folder: Path, *, only: Sequence[str] | None = None) -> dict[str, Path]:
     """A model folder per tokenizer, by name: Qwen3's, Llama 3's and SmolLM2's of a folder, or the bundled one alone."""
     if tokenizers is None:
         whole = _bundled_folder()
         return {"smollm2": _write_model("smollm2", whole, folder / "smollm2")}
-    found = {name: Path(tokenizers) / name for name in TEMPLATES if (Path(tokenizers) / name).is_dir()}
+    names = [name for name in TEMPLATES if name in (only or TEMPLATES)]
+    found = {name: Path(tokenizers) / name for name in names if (Path(tokenizers) / name).is_dir()}
     if not found:
-        raise SystemExit(f"--tokenizers {tokenizers}: none of the folders {', '.join(TEMPLATES)} is there")
+        raise SystemExit(f"--tokenizers {tokenizers}: none of the folders {', '.join(names or TEMPLATES)} is there")
     return {name: _write_model(name, path, folder / name) for name, path in found.items()}
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from peer_meter import Meter
@@ -16,6 +20,7 @@ TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assis
 
 def prepare(job: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Iterator[tuple[bytes, bytes]]]:
     """Loads the tokenizer and the template, then opens, tokenises and packs the files."""
+    _stand_in("torchaudio")
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
@@ -29,6 +34,13 @@ def prepare(job: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Iterator
     result = {f"packed_{name}": value for name, value in meter.spent.items()}
     result |= {"packing_efficiency": num_tokens / (len(made) * job["capacity"])}
     return {**meter.spent, **result, "num_tokens": num_tokens}, _documents(made)
+
+
+def _stand_in(name: str) -> None:
+    """An empty module where one is missing: LLaMA-Factory imports torchaudio even for text, and there is none for every torch."""
+    if find_spec(name) is None:
+        sys.modules[name] = ModuleType(name)
+        sys.modules[name].__spec__ = ModuleSpec(name, None)
 
 
 def _arguments(job: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -25,7 +25,18 @@ SIDES: dict[str, dict[str, Any]] = {
     "curated": {"curate": CURATED},
 }
 """Ours by name: as it comes; with the plain engine; with its two threads one after the other; with cleaning too."""
-ROOMS = ("sources", "curate", "render", "plan", "evaluate")
+ROOMS = ("sources", "curate", "render", "plan", "report")
+IMPORTED = (
+    "email.policy",
+    "email.parser",
+    "pandas",
+    "gigatoken",
+    "awkward",
+    "pyarrow.compute",
+    "pyarrow.parquet",
+    "fsspec.implementations.local",
+    "email.parser",
+)
 VERSIONS = ("tutelage", "tokenizers", "gigatoken", "numpy", "pyarrow")
 
 Documents = Iterator[tuple[bytes, bytes]]
@@ -87,19 +98,23 @@ def prepare(
         made = tutelage.run(file, until="plan", store=store, runs=folder / "runs").artefacts
     result = _told(rendered, made, job["capacity"])
     result |= meter.spent | {f"packed_{name}": value + rest.spent[name] for name, value in meter.spent.items()}
+    result["opened_seconds"] = meter.spent["seconds"] - clocks["open"].spent["seconds"]
     result |= {"engine": clocks["encode"].spent, "opening": clocks["open"].spent, "rendering_peak_bytes": peak}
     return result, _documents(made)
 
 
 def _import_all() -> None:
     """Everything that is imported on the way otherwise, as the peers have imported all theirs when their clock starts."""
+    import_module("tutelage.pipeline")
     for room in ROOMS:
         package = import_module(f"tutelage.{room}")
         for module in pkgutil.iter_modules(package.__path__):
             import_module(f"tutelage.{room}.{module.name}")
-    for name in ("numba", "pandas", "gigatoken", "awkward", "pyarrow.compute", "pyarrow.parquet", "transformers"):
+    for name in IMPORTED:
         if util.find_spec(name.partition(".")[0]):
             import_module(name)
+    if util.find_spec("numba"):
+        import_module("numba.core.entrypoints").init_all()
 
 
 def _told(rendered: dict[str, Any], made: dict[str, Any], capacity: int) -> dict[str, Any]:

@@ -96,7 +96,9 @@ def test_look_writes_a_page_and_says_where(done: tuple[Path, subprocess.Complete
     written = tutelage(folder, "look", "small.yaml", "-q", "--html", "look.html")
     assert written.returncode == 0, written.stderr
     assert written.stdout.startswith("look.html: ") and len(written.stdout.splitlines()) == 1
-    facts = json.loads(tutelage(folder, "look", "small.yaml", "-q", "--html", "worst.html", "--worst", "-n", "5", "--json").stdout)
+    facts = json.loads(
+        tutelage(folder, "look", "small.yaml", "-q", "--html", "worst.html", "--worst", "-n", "5", "--json").stdout
+    )
     assert facts == {"html": "worst.html", "num_examples": 5, "size_bytes": (folder / "worst.html").stat().st_size}
     assert int(written.stdout.split()[1]) > 50
     shown = json.loads(tutelage(folder, "look", "small.yaml", "-q", "--worst", "-n", "9", "--json").stdout)

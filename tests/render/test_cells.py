@@ -237,6 +237,14 @@ def test_a_text_far_longer_than_any_stop_is_none():
     assert find_stop("\n\n</s>" + question, end_tokens=["</s>"], special_tokens=["</s>"]).length == 6
 
 
+def test_a_trimmed_answer_is_no_split_one():
+    """Kills a stop whose white space turns into marks because a space in front of the answer was trimmed away."""
+    text = "{% for m in messages %}{{ m.role + ':\n' + m.content | trim + '\n<|im_end|>' }}{% endfor %}"
+    for answer in ("a", "\n a\n"):
+        cells = _cells(text, [QUESTION, _assistant(answer)])
+        assert _of_turn(cells, 1) == [("ASSISTANT", "a"), ("STOP", "\n<|im_end|>")]
+
+
 def test_the_usual_stop_may_stand_behind_other_white_space():
     """Kills refusing answers because tools in the list change a line end before the stop."""
     text = CHATML.replace("'<|im_end|>\n'", "('\n' if tools else '') + '<|im_end|>\n'")

@@ -1,6 +1,7 @@
 """The page to browse examples, in a real browser. Skipped only where no Chromium is installed."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -339,5 +340,8 @@ def test_a_browser_that_cannot_unpack_is_told_so(browser, folder, lacking):
     page = browser.open(folder / "texts.html")
     page.browser.call("Page.addScriptToEvaluateOnNewDocument", {"source": "delete window.DecompressionStream"}, page)
     page.browser.call("Page.navigate", {"url": (folder / "hostile.html").as_uri()}, page)
+    deadline = time.monotonic() + 20
+    while "hostile" not in page.evaluate("location.href") and time.monotonic() < deadline:
+        time.sleep(0.05)
     told = promised(page, SHOWN)
     assert "DecompressionStream" in told and page.evaluate("document.getElementById('app').hidden") is True

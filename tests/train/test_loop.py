@@ -275,7 +275,8 @@ def test_a_step_that_goes_wrong_stops_the_run_and_is_not_kept(tmp_path: Path) ->
 
     def poison(model: Any, step: int) -> None:
         if step == 3:
-            next(p for n, p in model.named_parameters() if "lora_A" in n).fill_(float("nan"))
+            # behind attention: some kernels make a row of NaN scores a row of zeros
+            next(p for n, p in model.named_parameters() if "down_proj.lora_A" in n).fill_(float("nan"))
 
     with pytest.raises(TrainError, match="step 3: the loss is not finite in 6 documents: example 18, "):
         run(tmp_path, measure=poison)

@@ -67,7 +67,13 @@ def _keep_opened(folder: Path) -> bool:
         return False
     from transformers import AutoTokenizer
 
-    loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    try:
+        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (ImportError, ValueError, OSError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ModelError(
+            f"transformers cannot open the model's tokenizer: {first} (a SentencePiece model needs `pip install sentencepiece`)"
+        ) from None
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         return False

@@ -66,6 +66,11 @@ class Piece(NamedTuple):
     start: int
     end: int
 
+    @property
+    def source_start(self) -> int:
+        """Where it begins; 0 when only white space stands before it, which is no text of its own."""
+        return self.start if self.source[: self.start].strip() else 0
+
 
 class Span(NamedTuple):
     """Characters `start : end` of the rendered text that come from one message: from `source_start : source_end` of its text."""
@@ -240,7 +245,7 @@ def _read(parts: Sequence[str], text: str, pieces: Sequence[Piece]) -> list[Span
             return None
         if between:
             piece = pieces[code // 2]
-            found.append((Span(at, at + len(between), piece.part, piece.start, piece.end), code // 2))
+            found.append((Span(at, at + len(between), piece.part, piece.source_start, piece.end), code // 2))
         at += len(between) + len(parts[i + 3])
     is_cut = any(piece.end - piece.start < len(piece.source) for piece in pieces)
     return _joined(found, text, pieces) if is_cut else [span for span, _ in found]

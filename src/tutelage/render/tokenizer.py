@@ -134,7 +134,13 @@ def _why_not_as_is(folder: Path, config: Mapping[str, Any]) -> str | None:
 def _through_transformers(folder: Path) -> tuple[Tokenizer, dict[str, str], dict[str, str]]:
     from transformers import AutoTokenizer
 
-    loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    try:
+        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (ImportError, ValueError, OSError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise TemplateError(
+            f"{folder}: transformers cannot open this tokenizer: {first} (a SentencePiece model needs `pip install sentencepiece`)"
+        ) from None
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise TemplateError(f"{folder}: {type(loaded).__name__} runs in Python only; a tokenizer with a tokenizer.json is needed")
