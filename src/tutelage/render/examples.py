@@ -361,8 +361,7 @@ class _Batch:
         """Learned texts that spell a stop."""
         has_tools = self.columns.tools is not None and bool(self.columns.tools[record])
         closing = self.renderer._style(has_tools=has_tools).closing
-        usual = [stop.token for stop in (closing.last, closing.between) if stop is not None and stop.token]
-        tokens = list(dict.fromkeys([*usual, *closing.end_tokens]))
+        tokens = [stop.token for stop in (closing.last, closing.between) if stop is not None and stop.token]
         for piece, kind, turn, from_data in zip(pieces, form.kinds, form.turns.tolist(), form.from_data, strict=True):
             if from_data and kind in LEARNED_KINDS and weights[turn] > 0:
                 yield from ((turn, token) for token in tokens if token in piece)

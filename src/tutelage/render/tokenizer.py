@@ -139,7 +139,7 @@ def _through_transformers(folder: Path) -> tuple[Tokenizer, dict[str, str], dict
     except (ImportError, ValueError, OSError) as error:
         first = str(error).strip().partition("\n")[0]
         raise TemplateError(
-            f"{folder}: transformers cannot open this tokenizer: {first} (a SentencePiece model needs `pip install sentencepiece`)"
+            f"{folder}: transformers cannot open this tokenizer: {first} (SentencePiece models need `pip install sentencepiece`)"
         ) from None
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
