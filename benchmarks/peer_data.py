@@ -58,7 +58,7 @@ def unpacked(path: Path) -> bytes:
 Turns = list[dict[str, str]]
 
 
-def write_sets(patterns: Sequence[str], folder: Path, *, rows: int | None) -> dict[str, dict[str, Any]]:
+def write_sets(patterns: Sequence[str], folder: Path, *, rows: int | None, in_one: bool = False) -> dict[str, dict[str, Any]]:
     """The single-turn and the multi-turn conversations below `folder`, `{"messages": [...]}` per line, a file per source.
 
     So many `rows` in one mixed order; single-turn ones are repeated with suffixes where there are fewer. None takes all.
@@ -67,7 +67,7 @@ def write_sets(patterns: Sequence[str], folder: Path, *, rows: int | None) -> di
     for path in sorted(Path(name) for pattern in patterns for name in glob.glob(pattern)):
         for turns in plain_turns(path):
             is_single = sum(turn["role"] == "assistant" for turn in turns) == 1
-            by_kind["single-turn" if is_single else "multi-turn"].append((_label(path), turns))
+            by_kind["single-turn" if is_single else "multi-turn"].append(("all" if in_one else _label(path), turns))
     if not by_kind["single-turn"]:
         raise SystemExit(f"--data {' '.join(patterns)}: no single-turn conversations there; give globs of JSONL files")
     made = {}

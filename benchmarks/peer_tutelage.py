@@ -35,7 +35,6 @@ IMPORTED = (
     "pyarrow.compute",
     "pyarrow.parquet",
     "fsspec.implementations.local",
-    "email.parser",
 )
 VERSIONS = ("tutelage", "tokenizers", "gigatoken", "numpy", "pyarrow")
 
