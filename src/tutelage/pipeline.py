@@ -8,6 +8,9 @@ r"""The stages in order: what a recipe means as boxes, running them, and explain
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import glob
 import json
 import os
 import shutil
@@ -17,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tutelage.ahead import Job, do_ahead, num_processes
 from tutelage.audit.stage import Audit, AuditInputs, Rule, audit_stage, check_audit, read_audit
 from tutelage.audit.tokens import Stretch
 from tutelage.curate.stage import copies_stage, rewrite_stage, screen_stage
@@ -38,7 +42,7 @@ from tutelage.plan.stage import PlanInputs, plan_stage
 from tutelage.plan.weights import kind_table, weigh_tokens
 from tutelage.recipe import Recipe, RecipeFile, resolved_text
 from tutelage.records import Batch, Float32, Kind, Rendered
-from tutelage.render.stage import render_stage, rerender_stage
+from tutelage.render.stage import render_stage, rerender_stage, warm_up
 from tutelage.report.stage import report_stage
 from tutelage.sources.stage import check_bad_share, read_stage, split_stage
 from tutelage.store import Artefact, Progress, Silent, Stage, Store, write_atomic
@@ -273,8 +277,11 @@ def run(
         pipeline = build_pipeline(file, store=store)
         artefacts: dict[str, Artefact] = {}
         folder = Path(runs) / file.recipe.name
-        for label in pipeline.needed(until):
-            artefacts[label] = _produce(pipeline, label, artefacts, progress)
+        labels = pipeline.needed(until)
+        fresh = _build_sources_ahead(pipeline, labels, progress)
+        for label in labels:
+            artefact = _produce(pipeline, label, artefacts, progress, is_fresh=label in fresh)
+            artefacts[label] = artefact
             if gate and label == "audit":
                 check_audit(artefacts[label], file.recipe.audit)
         _publish(pipeline, artefacts, folder)
@@ -295,10 +302,76 @@ def audit(
     return read_audit(done.artefacts["audit"], file.recipe.audit)
 
 
-def _produce(pipeline: Pipeline, label: str, done: Mapping[str, Artefact], progress: Progress) -> Artefact:
+OF_SOURCES = ("read", "rewrite", "screen", "render", "rerender")
+"""Stages that each source has for itself."""
+WORTH_PROCESSES = 16_000_000
+"""Bytes of data from which a process per source pays."""
+
+
+def _build_sources_ahead(pipeline: Pipeline, labels: Sequence[str], progress: Progress) -> set[str]:
+    """Builds what the sources need and the store has not, the largest source first, on all cores; returns the labels."""
+    missing = [label for label in labels if pipeline.stages[label].name in OF_SOURCES]
+    missing = [label for label in missing if pipeline.store.find(pipeline.stages[label]) is None]
+    sizes = _sizes(pipeline.file)
+    sources = sorted({pipeline.stages[label].slot for label in missing}, key=lambda name: (-sizes.get(name, 0), name))
+    processes = num_processes()
+    if processes < 2 or len(sources) < 2 or sum(sizes.get(name, 0) for name in sources) < WORTH_PROCESSES:
+        return set()
+    _open_tokenizer_ahead(pipeline, missing, progress)
+
+    def job(source: str) -> Job:
+        return lambda told: _build_source(pipeline, [label for label in labels if pipeline.stages[label].slot == source], told)
+
+    progress.start(f"read and render on {processes} cores", len(sources), "sources")
+    do_ahead([job(source) for source in sources], processes=processes, progress=progress)
+    return {label for label in missing if pipeline.store.find(pipeline.stages[label]) is not None}
+
+
+def _open_tokenizer_ahead(pipeline: Pipeline, missing: Sequence[str], progress: Progress) -> None:
+    """Opens the tokenizer here once, for all processes; what is wrong with it is told when its stage's turn comes."""
+    if not any(pipeline.stages[label].name in ("render", "rerender") for label in missing):
+        return
+    with contextlib.suppress(TutelageError):
+        done: dict[str, Artefact] = {}
+        for label in pipeline.needed("render"):
+            if pipeline.stages[label].name in ("model", "tokenizer"):
+                done[label] = _produce(pipeline, label, done, progress)
+        warm_up(done["tokenizer"].path, spec=pipeline.file.recipe.render, base=pipeline.file.folder)
+
+
+def _build_source(pipeline: Pipeline, labels: Sequence[str], progress: Progress) -> None:
+    """All stages of one source, in the process of its own."""
+    done: dict[str, Artefact] = {}
+    for label in labels:
+        stage = pipeline.stages[label]
+        if stage.name in OF_SOURCES:
+            for upstream in stage.inputs.values():
+                found = pipeline.store.find(upstream)
+                assert found is not None, "the stages of a source need one another and the tokenizer only"
+                done[pipeline._label_of(upstream)] = found
+            inputs = {name: done[pipeline._label_of(upstream)] for name, upstream in stage.inputs.items()}
+            pipeline.store.produce(stage, inputs, progress)
+
+
+def _sizes(file: RecipeFile) -> dict[str, int]:
+    """Bytes of each source's files on this machine; packed ones count four times."""
+    sizes = {}
+    for name, source in file.recipe.sources.items():
+        if source.path is not None and "://" not in source.path:
+            paths = glob.glob(str(file.folder / Path(source.path).expanduser()), recursive=True)
+            sizes[name] = sum(Path(path).stat().st_size * (4 if path.endswith((".gz", ".zst")) else 1) for path in paths)
+    return sizes
+
+
+def _produce(
+    pipeline: Pipeline, label: str, done: Mapping[str, Artefact], progress: Progress, *, is_fresh: bool = False
+) -> Artefact:
+    """A stage's artefact; `is_fresh` says that this run has built it already."""
     stage = pipeline.stages[label]
     inputs = {name: done[pipeline._label_of(upstream)] for name, upstream in stage.inputs.items()}
     artefact = pipeline.store.produce(stage, inputs, progress)
+    if is_fresh:
+        artefact = dataclasses.replace(artefact, is_hit=False)
     if stage.name == "read":
         for line in () if artefact.is_hit else read_notes({label: artefact}):
             progress.note(line)

@@ -21,7 +21,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -148,6 +148,7 @@ class Stage:
         return f"{self.name} {self.slot}".strip()
 
 
+@cache
 def package_version(name: str) -> str:
     """The installed version of a distribution, `""` when it is not installed."""
     try:

@@ -104,8 +104,7 @@ def test_a_template_that_does_more_with_a_text_has_no_skeleton(use):
     template = CHATML.replace("m.content", "(m.content if m.role == 'assistant' else '')").replace(
         "{% if add", "{% for m in messages %}{% if m.role == 'user' %}" + use + "{% endif %}{% endfor %}{% if add"
     )
-    renderer = _renderer(CHATML)
-    style = renderer._learn(CHATML)
+    style = _renderer(CHATML).default
     from tutelage.render.template import ChatTemplate
 
     told = ChatTemplate(template)

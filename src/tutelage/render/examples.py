@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ class Renderer:
 
     def describe(self) -> dict[str, Any]:
         """What the template does (see `behaviour.describe`), and which of its markers this tokenizer takes apart."""
-        found = describe(self.default.template)
+        found = _described(self.default.template)
         markers = found["markers"]
         assert isinstance(markers, list)
         backend = self.tokenizer.backend
@@ -150,26 +151,8 @@ class Renderer:
     def _style(self, *, has_tools: bool) -> Style:
         text = choose_template(self.templates, has_tools=has_tools)
         if text not in self._styles:
-            self._styles[text] = self._learn(text)
+            self._styles[text] = learn_style(self.tokenizer, text, date=self.spec.date, append_eos=self.spec.append_eos)
         return self._styles[text]
-
-    def _learn(self, text: str) -> Style:
-        template = ChatTemplate(text, special_tokens=self.tokenizer.special_tokens, date=self.spec.date)
-        # Longest first: a tokenizer's special tokens may begin with one another.
-        special = sorted(self.tokenizer.special, key=len, reverse=True)
-        closing = probe(template.render, end_tokens=self.tokenizer.end_tokens, special_tokens=special)
-        if closing.last is not None and closing.between is not None:
-            return Style(template, closing, None)
-        if self.spec.append_eos:
-            if not self.tokenizer.end_tokens:
-                raise TemplateError("render.append_eos: the tokenizer names no end token (`eos_token`)")
-            return Style(template, closing, self.tokenizer.end_tokens[0])
-        if closing.last is None:
-            raise TemplateError(
-                "the chat template writes nothing after an answer that a model could stop with, so it would never learn to stop; "
-                "`render: {append_eos: true}` adds the model's end token after each answer, or name another template"
-            )
-        return Style(template, closing, None)
 
     def _without_system(self) -> tuple[int, ...]:
         """What stands in front when a record's system turn is dropped: an empty one where that keeps a default away."""
@@ -201,6 +184,33 @@ class Renderer:
         return [
             Job(turns, answer, part, int(Flag.EXPANDED)) for part, (turns, answer) in enumerate(zip(upto, answers, strict=True))
         ]
+
+
+@lru_cache(maxsize=8)
+def _described(template: ChatTemplate) -> dict[str, bool | list[str]]:
+    """`describe`, once for all sources."""
+    return describe(template)
+
+
+@lru_cache(maxsize=8)
+def learn_style(tokenizer: OpenTokenizer, text: str, *, date: str, append_eos: bool) -> Style:
+    """What a template's text is under a tokenizer, learnt once for all sources; TemplateError without a stop."""
+    template = ChatTemplate(text, special_tokens=tokenizer.special_tokens, date=date)
+    # Longest first: a tokenizer's special tokens may begin with one another.
+    special = sorted(tokenizer.special, key=len, reverse=True)
+    closing = probe(template.render, end_tokens=tokenizer.end_tokens, special_tokens=special)
+    if closing.last is not None and closing.between is not None:
+        return Style(template, closing, None)
+    if append_eos:
+        if not tokenizer.end_tokens:
+            raise TemplateError("render.append_eos: the tokenizer names no end token (`eos_token`)")
+        return Style(template, closing, tokenizer.end_tokens[0])
+    if closing.last is None:
+        raise TemplateError(
+            "the chat template writes nothing after an answer that a model could stop with, so it would never learn to stop; "
+            "`render: {append_eos: true}` adds the model's end token after each answer, or name another template"
+        )
+    return Style(template, closing, None)
 
 
 class _Batch:

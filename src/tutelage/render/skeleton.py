@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn, cast
 
 import jinja2
@@ -375,6 +376,7 @@ def _join_filter(value: Iterable[Any], d: str = "", attribute: Any = None) -> st
     return _joined(d, value)
 
 
+@lru_cache(maxsize=8)
 def symbolic(template: ChatTemplate) -> jinja2.Template | None:
     """The template compiled for symbols; None when its very form cannot be followed."""
     environment = sandbox(template.date, _Symbolic)

@@ -26,7 +26,7 @@ from tutelage.render.provenance import Refusal
 from tutelage.render.spec import RenderSpec
 from tutelage.render.template import read_template
 from tutelage.render.tokenizer import OpenTokenizer, open_tokenizer
-from tutelage.render.tokens import BATCH_TEXTS
+from tutelage.render.tokens import BATCH_TEXTS, load_kernel
 from tutelage.store import Artefact, Counts, Outcome, Progress, Stage, Store
 from tutelage.tables import (
     DROPPED,
@@ -130,6 +130,12 @@ def _ingredients(spec: RenderSpec, template: str | None) -> dict[str, Any]:
     # Every engine gives the same ids, so which one is used changes nothing.
     said = {name: value for name, value in spec.canonical().items() if name != "tokenizer_engine"}
     return {"render": {**said, "template": text}}
+
+
+def warm_up(tokenizer: Path, *, spec: RenderSpec, base: Path) -> None:
+    """Opens a tokenizer artefact, proves its engine and learns its template, so that processes forked from here need not."""
+    Renderer(_opened(tokenizer), spec, template=read_template(spec.template, base=base))
+    load_kernel()
 
 
 @lru_cache(maxsize=2)

@@ -287,6 +287,12 @@ def _walk_arrays(ids: np.ndarray, first: Int64, table: ByteTable, batch: Texts) 
     return starts, ends, is_proved
 
 
+def load_kernel() -> None:
+    """Compiles the walk, or reads it from disk, by walking over one token."""
+    table = ByteTable([b"a"], np.array([1]), np.zeros(1, bool), False)
+    _compiled()(np.zeros(1, np.int32), np.array([0, 1]), table, Texts.of(["a"]))
+
+
 @cache
 def _compiled() -> Walk:
     """The walk compiled on first use, and kept on disk where a folder for it can be written: five times as fast."""
