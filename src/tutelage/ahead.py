@@ -58,16 +58,21 @@ class _Child:
 
 
 def do_ahead(jobs: Sequence[Job], *, processes: int, progress: Progress) -> None:
-    """Does the jobs, so many at a time, the first ones first. Returns when all have ended, whatever became of them."""
-    waiting = list(reversed(jobs))
+    """Does the jobs, so many at a time, in their order. Returns when all have ended, whatever became of them.
+
+    The children take numbers of jobs from one pipe, so each goes on as long as there is work, and opens nothing twice.
+    """
+    tickets, issue = os.pipe()
+    os.write(issue, b"".join(number.to_bytes(_TICKET, "big") for number in range(len(jobs))))
+    os.close(issue)
     children: dict[int, _Child] = {}
     with selectors.DefaultSelector() as selector:
         try:
-            while waiting or children:
-                while waiting and len(children) < processes:
-                    child = _fork(waiting.pop())
-                    children[child.pipe] = child
-                    selector.register(child.pipe, selectors.EVENT_READ)
+            for _ in range(min(processes, len(jobs))):
+                child = _fork(jobs, tickets)
+                children[child.pipe] = child
+                selector.register(child.pipe, selectors.EVENT_READ)
+            while children:
                 for key, _ in selector.select():
                     child = children[key.fd]
                     if not _listen(child, progress):
@@ -75,8 +80,8 @@ def do_ahead(jobs: Sequence[Job], *, processes: int, progress: Progress) -> None
                         del children[child.pipe]
                         os.close(child.pipe)
                         os.waitpid(child.pid, 0)
-                        progress.advance(1)
         finally:
+            os.close(tickets)
             for child in children.values():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child.pid, signal.SIGKILL)
@@ -84,18 +89,26 @@ def do_ahead(jobs: Sequence[Job], *, processes: int, progress: Progress) -> None
                 os.close(child.pipe)
 
 
+_TICKET = 2
+"""Bytes of a job's number."""
+
+
 def _listen(child: _Child, progress: Progress) -> bool:
-    """Passes on what a child says; False when it has ended."""
+    """Passes on what a child says: notes, and null for a job that has ended. False when the child has."""
     heard = os.read(child.pipe, 1 << 16)
     child.said += heard
     *lines, rest = bytes(child.said).split(b"\n")
     child.said = bytearray(rest)
     for line in lines:
-        progress.note(json.loads(line))
+        note = json.loads(line)
+        if note is None:
+            progress.advance(1)
+        else:
+            progress.note(note)
     return bool(heard)
 
 
-def _fork(job: Job) -> _Child:
+def _fork(jobs: Sequence[Job], tickets: int) -> _Child:
     here, there = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -104,17 +117,16 @@ def _fork(job: Job) -> _Child:
     if pid:
         os.close(there)
         return _Child(pid, here)
-    code = 1
     try:
         os.close(here)
         _die_with(parent)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are the parent's
-        job(_Told(there))
-        code = 0
-    except BaseException:  # noqa: BLE001 - the parent meets it again when it does the work itself
-        code = 1
+        while ticket := os.read(tickets, _TICKET):
+            with contextlib.suppress(Exception):  # the parent meets it again when it does the work itself
+                jobs[int.from_bytes(ticket, "big")](_Told(there))
+            os.write(there, b"null\n")
     finally:
-        os._exit(code)  # no exit handlers, no buffers: those are the parent's
+        os._exit(0)  # no exit handlers, no buffers: those are the parent's
 
 
 def _die_with(parent: int) -> None:

@@ -310,8 +310,9 @@ WORTH_PROCESSES = 16_000_000
 
 def _build_sources_ahead(pipeline: Pipeline, labels: Sequence[str], progress: Progress) -> set[str]:
     """Builds what the sources need and the store has not, the largest source first, on all cores; returns the labels."""
-    missing = [label for label in labels if pipeline.stages[label].name in OF_SOURCES]
-    missing = [label for label in missing if pipeline.store.find(pipeline.stages[label]) is None]
+    absent = [label for label in labels if pipeline.stages[label].name in (*OF_SOURCES, "model", "tokenizer")]
+    absent = [label for label in absent if pipeline.store.find(pipeline.stages[label]) is None]
+    missing = [label for label in absent if pipeline.stages[label].name in OF_SOURCES]
     sizes = _sizes(pipeline.file)
     sources = sorted({pipeline.stages[label].slot for label in missing}, key=lambda name: (-sizes.get(name, 0), name))
     processes = num_processes()
@@ -324,7 +325,7 @@ def _build_sources_ahead(pipeline: Pipeline, labels: Sequence[str], progress: Pr
 
     progress.start(f"read and render on {processes} cores", len(sources), "sources")
     do_ahead([job(source) for source in sources], processes=processes, progress=progress)
-    return {label for label in missing if pipeline.store.find(pipeline.stages[label]) is not None}
+    return {label for label in absent if pipeline.store.find(pipeline.stages[label]) is not None}
 
 
 def _open_tokenizer_ahead(pipeline: Pipeline, missing: Sequence[str], progress: Progress) -> None:

@@ -29,7 +29,7 @@ from tutelage.render.tokenizer import OpenTokenizer
 CHUNK_TEXTS = 4096
 """Texts per call of `tokenizers`: fewer leave cores idle, more cost memory and time."""
 CHECKED_PER_BATCH = 4
-_SAMPLE = 256
+_SAMPLE = 64
 
 
 @dataclass(frozen=True)

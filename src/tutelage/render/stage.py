@@ -134,7 +134,7 @@ def _ingredients(spec: RenderSpec, template: str | None) -> dict[str, Any]:
 
 def warm_up(tokenizer: Path, *, spec: RenderSpec, base: Path) -> None:
     """Opens a tokenizer artefact, proves its engine and learns its template, so that processes forked from here need not."""
-    Renderer(_opened(tokenizer), spec, template=read_template(spec.template, base=base))
+    Renderer(_opened(tokenizer), spec, template=read_template(spec.template, base=base)).describe()
     load_kernel()
 
 
@@ -243,13 +243,14 @@ class _Job:
 def _num_learned(block: Block) -> Int64:
     """Per example: tokens that a model writes (marks too), in turns that are to be learned; the first token is no target."""
     learned = _IS_LEARNED[block.kinds] | ((block.kinds == Kind.SCAFFOLD) & (block.turns >= 0))
-    edges = np.concatenate([[0], np.cumsum(block.num_tokens)])
+    starts = np.cumsum(block.num_tokens) - block.num_tokens
     if not (block.turn_weights > 0).all():
         first_turn = np.repeat(np.cumsum(block.num_turns) - block.num_turns, block.num_tokens)
         learned &= block.turn_weights[first_turn + np.maximum(block.turns, 0)] > 0
-    learned[edges[:-1]] = False
-    sums = np.concatenate([[0], np.cumsum(learned)])
-    counts: Int64 = np.diff(sums[edges])
+    if not len(block):
+        return np.zeros(0, np.int64)
+    learned[starts] = False
+    counts: Int64 = np.add.reduceat(learned, starts, dtype=np.int64)
     return counts
 
 
