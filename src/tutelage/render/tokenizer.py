@@ -59,11 +59,11 @@ class OpenTokenizer:
     @cached_property
     def layout(self) -> dict[str, Any]:
         """The tokenizer's JSON without its vocabulary."""
-        return {name: self.whole.get(name) for name in ("normalizer", "pre_tokenizer", "decoder", "added_tokens")}
+        whole = self.whole()
+        return {name: whole.get(name) for name in ("normalizer", "pre_tokenizer", "decoder", "added_tokens")}
 
-    @cached_property
     def whole(self) -> dict[str, Any]:
-        """The tokenizer's JSON."""
+        """The tokenizer's JSON, read anew: a vocabulary as Python objects takes a hundred megabytes."""
         found: dict[str, Any] = orjson.loads(self.backend.to_str())
         return found
 
