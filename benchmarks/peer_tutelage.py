@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pkgutil
 import shutil
 import time
@@ -59,7 +60,8 @@ def warm_store(model: Path, folder: Path) -> Path:
 
 
 def _recipe(job: dict[str, Any], *, engine: str = "auto", curate: dict[str, Any] = PLAIN) -> dict[str, Any]:
-    render = {"max_tokens": job["capacity"], "overlong": "drop", "tokenizer_engine": engine}
+    # The peers let special tokens spelled in messages through; so that ids can be compared, so do we here.
+    render = {"max_tokens": job["capacity"], "overlong": "drop", "tokenizer_engine": engine, "special_tokens_in_content": "allow"}
     sources = {name: {"path": path, "licence": "any"} for name, path in job["files"].items()}
     return {
         "name": "prepare",
@@ -87,6 +89,8 @@ def prepare(
     _import_all()
     store = Path(shutil.copytree(job["store"], folder / "store"))
     path = _written(_recipe(job, engine=engine, curate=curate), folder)
+    if in_turn:
+        os.environ["TUTELAGE_PROCESSES"] = "1"
     clocks = _watch(in_turn=in_turn)
     meter, rest = Meter(), Meter()
     with meter:
