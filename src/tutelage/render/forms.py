@@ -52,6 +52,7 @@ class Filler:
 
     def __init__(self, skeleton: Skeleton, kept: Sequence[int], flags: int) -> None:
         self.form = Form.of(skeleton.kinds, skeleton.turns, skeleton.from_data, kept, flags)
+        self.turns = list(skeleton.turns)  # as the template saw them, before they get the record's numbers
         self._pieces = list(skeleton.literals)
         slots = list(zip(skeleton.places, skeleton.slots, strict=True))
         self._content = [(place, slot.part.turn) for place, slot in slots if slot.part.kind != Kind.REASONING]
@@ -230,7 +231,7 @@ class Layer:
             ) from None
         ends = np.cumsum([len(piece) for piece in pieces]).tolist()
         same = made.text == "".join(pieces) and made.cells.ends == ends and filler.form.kinds.tolist() == made.cells.kinds
-        if not (same and filler.form.from_data.tolist() == made.cells.from_data):
+        if not (same and filler.form.from_data.tolist() == made.cells.from_data and filler.turns == made.cells.turns):
             raise TemplateError("a filled skeleton differs from the template's rendering; please report this template")
 
     def _lay_slowly(self, laid: Laid, columns: TurnColumns, record: int, job: Job) -> None:
