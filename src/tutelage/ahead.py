@@ -57,10 +57,11 @@ class _Child:
     said: bytearray = field(default_factory=bytearray)
 
 
-def do_ahead(jobs: Sequence[Job], *, processes: int, progress: Progress) -> None:
+def do_ahead(jobs: Sequence[Job], *, processes: int, progress: Progress, meanwhile: Callable[[], None] | None = None) -> None:
     """Does the jobs, so many at a time, in their order. Returns when all have ended, whatever became of them.
 
     The children take numbers of jobs from one pipe, so each goes on as long as there is work, and opens nothing twice.
+    `meanwhile` is done in this process, beside them.
     """
     tickets, issue = os.pipe()
     os.write(issue, b"".join(number.to_bytes(_TICKET, "big") for number in range(len(jobs))))
@@ -72,6 +73,8 @@ def do_ahead(jobs: Sequence[Job], *, processes: int, progress: Progress) -> None
                 child = _fork(jobs, tickets)
                 children[child.pipe] = child
                 selector.register(child.pipe, selectors.EVENT_READ)
+            if meanwhile is not None:
+                meanwhile()
             while children:
                 for key, _ in selector.select():
                     child = children[key.fd]

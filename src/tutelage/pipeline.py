@@ -302,8 +302,9 @@ def audit(
     return read_audit(done.artefacts["audit"], file.recipe.audit)
 
 
-OF_SOURCES = ("read", "rewrite", "screen", "render", "rerender")
-"""Stages that each source has for itself."""
+BEFORE_RENDERING, RENDERING = ("read", "rewrite", "screen"), ("render", "rerender")
+OF_SOURCES = (*BEFORE_RENDERING, *RENDERING)
+"""Stages that each source has for itself. The tokenizer is opened while those before rendering are done."""
 WORTH_PROCESSES = 16_000_000
 """Bytes of data from which a process per source pays."""
 
@@ -318,13 +319,22 @@ def _build_sources_ahead(pipeline: Pipeline, labels: Sequence[str], progress: Pr
     processes = num_processes()
     if processes < 2 or len(sources) < 2 or sum(sizes.get(name, 0) for name in sources) < WORTH_PROCESSES:
         return set()
-    _open_tokenizer_ahead(pipeline, missing, progress)
 
-    def job(source: str) -> Job:
-        return lambda told: _build_source(pipeline, [label for label in labels if pipeline.stages[label].slot == source], told)
+    def jobs(names: Sequence[str]) -> list[Job]:
+        def job(source: str) -> Job:
+            mine = [label for label in labels if pipeline.stages[label].slot == source and pipeline.stages[label].name in names]
+            return lambda told: _build_source(pipeline, mine, told)
 
-    progress.start(f"read and render on {processes} cores", len(sources), "sources")
-    do_ahead([job(source) for source in sources], processes=processes, progress=progress)
+        return [job(source) for source in sources]
+
+    progress.start(f"read and render on {processes} cores", 2 * len(sources), "steps of sources")
+    do_ahead(
+        jobs(BEFORE_RENDERING),
+        processes=processes,
+        progress=progress,
+        meanwhile=lambda: _open_tokenizer_ahead(pipeline, missing, progress),
+    )
+    do_ahead(jobs(RENDERING), processes=processes, progress=progress)
     return {label for label in absent if pipeline.store.find(pipeline.stages[label]) is not None}
 
 
@@ -348,7 +358,8 @@ def _build_source(pipeline: Pipeline, labels: Sequence[str], progress: Progress)
         if stage.name in OF_SOURCES:
             for upstream in stage.inputs.values():
                 found = pipeline.store.find(upstream)
-                assert found is not None, "the stages of a source need one another and the tokenizer only"
+                if found is None:  # its own child met an error, which is told when its turn comes
+                    return
                 done[pipeline._label_of(upstream)] = found
             inputs = {name: done[pipeline._label_of(upstream)] for name, upstream in stage.inputs.items()}
             pipeline.store.produce(stage, inputs, progress)

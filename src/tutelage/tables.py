@@ -97,6 +97,11 @@ EXAMPLES = pa.schema(
         ("flags", pa.int32()),  # records.Flag
     ]
 )
+TALLY = pa.schema(  # plan.tally.Tally: sorted by example, a line per cell that has targets
+    [("example", pa.int32()), ("cell", pa.uint8()), ("turn_weight", pa.float32()), ("count", pa.int32())]
+)
+REQUESTS = pa.schema([("num_requests", pa.int32())])  # user turns, one line per example
+RECORD_WEIGHTS = pa.schema([("weight", pa.float64())])  # one line per record of a source that states weights
 PLANNED = pa.schema(  # line i is example i of the plan
     [
         ("source", _LABEL),
@@ -369,6 +374,24 @@ def _conversation(source: str, record: dict[str, Any]) -> Conversation:
     )
 
 
+class ArrowTexts(Sequence[str]):
+    """Texts of an Arrow array, made Python strings when asked for: one by one for a position, all at once for a slice."""
+
+    def __init__(self, array: pa.StringArray) -> None:
+        self.array = array
+        self._texts: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, i: Any) -> Any:
+        if self._texts is None:
+            if not isinstance(i, slice):
+                return self.array[i].as_py()
+            self._texts = self.array.to_numpy(zero_copy_only=False).tolist()
+        return self._texts[i]
+
+
 @dataclass(frozen=True, slots=True)
 class TurnColumns:
     """Consecutive records of one `conversations.parquet` as columns: R records from position `first_row`, T turns, flat.
@@ -382,7 +405,7 @@ class TurnColumns:
     first_row: int
     num_turns: Int32
     role: UInt8
-    content: list[str]
+    content: Sequence[str]
     reasoning: list[str | None] | None
     tool_calls: list[str | None] | None
     name: list[str | None] | None
@@ -413,7 +436,7 @@ def read_turns(path: Path, *, batch_rows: int = 4096) -> Iterator[TurnColumns]:
             first_row=first_row,
             num_turns=np.diff(batch["turns"].offsets.to_numpy()).astype(np.int32, copy=False),
             role=role.to_numpy().astype(np.uint8),
-            content=turns["content"].to_numpy(zero_copy_only=False).tolist(),
+            content=ArrowTexts(turns["content"]),
             reasoning=_texts(turns["reasoning"]),
             tool_calls=_texts(turns["tool_calls"]),
             name=_texts(turns["name"]),
@@ -433,8 +456,10 @@ def _texts(column: pa.Array) -> list[str | None] | None:
     return texts
 
 
-def records_at(path: Path, rows: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """Records of a `conversations.parquet` by position: file, line, part, turns; only the row groups that hold them are read."""
+def records_at(
+    path: Path, rows: Sequence[int], *, columns: Sequence[str] = ("file", "line", "part", "turns")
+) -> dict[int, dict[str, Any]]:
+    """Records of a `conversations.parquet` by position; only these columns, of the row groups that hold them, are read."""
     out: dict[int, dict[str, Any]] = {}
     wanted = np.unique(np.array(rows, np.int64))
     file, first = pq.ParquetFile(path), 0
@@ -442,7 +467,7 @@ def records_at(path: Path, rows: Sequence[int]) -> dict[int, dict[str, Any]]:
         end = first + file.metadata.row_group(group).num_rows
         here = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, end)]
         if len(here):
-            table = file.read_row_group(group, columns=["file", "line", "part", "turns"])
+            table = file.read_row_group(group, columns=list(columns))
             out |= dict(zip(here.tolist(), table.take(pa.array(here - first)).to_pylist(), strict=True))
         first = end
     return out

@@ -17,7 +17,7 @@ from tutelage.render.engines import ByDigits, Chosen, EngineDiffers, Reference, 
 from tutelage.render.examples import Renderer, render_conversations
 from tutelage.render.spec import RenderSpec
 from tutelage.render.tokenizer import OpenTokenizer
-from tutelage.render.tokens import ByteTable, _compiled, _differing, _walk_arrays
+from tutelage.render.tokens import ByteTable, _differing, _walk_arrays, _walk_compiled
 
 TEXTS = st.lists(
     st.lists(st.sampled_from([*"ab 17\n\té½²٣Ⅷ一☃😀'", "don't", "  ", "1,000", "\x04", "\u0378", "<|im_end|>"]), max_size=9).map(
@@ -172,7 +172,7 @@ def test_the_compiled_walk_is_the_walk_of_arrays(examples, flip, cut):
     batch = Texts([""] * len(raw), b"".join(raw), offsets)
     first = np.concatenate([[0], np.cumsum([len(example) for example in examples])]).astype(np.int64)
     ids = np.array([i for example in examples for i in example], np.int32)
-    left, right = _walk_arrays(ids, first, table, batch), _compiled()(ids, first, table, batch)
+    left, right = _walk_arrays(ids, first, table, batch), _walk_compiled(ids, first, table, batch)
     for one, other in zip(left, right, strict=True):
         assert one.tolist() == other.tolist()
     expected = [bytes(each) == b"".join(WORDS[i] for i in example) for each, example in zip(raw, examples, strict=True)]

@@ -143,8 +143,8 @@ def test_blank_texts_are_rendered_by_the_template():
     """Kills a skeleton filled with nothing, where a template would ask whether there is something."""
     template = "{% for m in messages %}{% if m.content %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     renderer = _renderer(template)
-    laid = renderer.lay(columns_of([talk(("user", ""), ("assistant", "a"))]))
-    assert "".join(laid.pieces) == "<assistant>a<|im_end|>"
+    sheet = renderer.lay(columns_of([talk(("user", ""), ("assistant", "a"))]))
+    assert "".join(sheet.texts.texts) == "<assistant>a<|im_end|>"
 
 
 def test_a_trimmed_answer_is_flagged_on_both_ways():

@@ -56,7 +56,7 @@ def tokenizer_stage(name: str, *, model: Stage, store: Store) -> Stage:
         kept = _keep_opened(folder)
         return Outcome(_ONE, {"files": [path.name for path in found], "kept_opened": kept})
 
-    return Stage("tokenizer", 2, {"files": files}, build, inputs=inputs, packages=("tokenizers", "transformers"))
+    return Stage("tokenizer", 3, {"files": files}, build, inputs=inputs, packages=("tokenizers", "transformers"))
 
 
 def _keep_opened(folder: Path) -> bool:
@@ -81,12 +81,13 @@ def _keep_opened(folder: Path) -> bool:
     backend.no_padding()
     template = loaded.chat_template
     templates = {"default": template} if isinstance(template, str) else dict(template or {})
-    kept = {"backend": backend.to_str(), "special_tokens": dict(loaded.special_tokens_map), "templates": templates}
+    kept = {"special_tokens": dict(loaded.special_tokens_map), "templates": templates}
     (folder / OPENED).write_text(json.dumps(kept), encoding="utf-8")
+    (folder / OPENED_BACKEND).write_text(backend.to_str(), encoding="utf-8")
     return True
 
 
-OPENED = "opened_tokenizer.json"
+OPENED, OPENED_BACKEND = "opened_tokenizer.json", "opened_backend.json"
 AS_IS_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 

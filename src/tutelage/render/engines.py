@@ -242,7 +242,7 @@ def _proved(tokenizer: OpenTokenizer) -> Engine | str:
     """The fast engine of this tokenizer, or why there is none; ImportError where it is not installed."""
     reference = Reference(tokenizer.backend)
     try:
-        engine = _fast(tokenizer.whole(), reference)
+        engine = _fast(tokenizer.whole, reference)
     except EngineDiffers as error:
         return str(error)
     texts = Texts.of(difficult_texts(sorted(tokenizer.special)))

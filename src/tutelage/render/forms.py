@@ -53,29 +53,34 @@ class Filler:
     def __init__(self, skeleton: Skeleton, kept: Sequence[int], flags: int) -> None:
         self.form = Form.of(skeleton.kinds, skeleton.turns, skeleton.from_data, kept, flags)
         self.turns = list(skeleton.turns)  # as the template saw them, before they get the record's numbers
-        self._pieces = list(skeleton.literals)
+        self.pieces = list(skeleton.literals)
         slots = list(zip(skeleton.places, skeleton.slots, strict=True))
-        self._content = [(place, slot.part.turn) for place, slot in slots if slot.part.kind != Kind.REASONING]
-        self._reasoning = [(place, slot.part.turn) for place, slot in slots if slot.part.kind == Kind.REASONING]
-        self._edited = [(place, slot, slot.part.kind == Kind.ASSISTANT) for place, slot in slots if slot.edits]
-        self._words = [(part.turn, part.kind == Kind.REASONING, word) for part, word in skeleton.words]
+        self.content = [(place, slot.part.turn) for place, slot in slots if slot.part.kind != Kind.REASONING]
+        self.reasoning = [(place, slot.part.turn) for place, slot in slots if slot.part.kind == Kind.REASONING]
+        self.edited = [(place, slot, slot.part.kind == Kind.ASSISTANT) for place, slot in slots if slot.edits]
+        self.words = [(part.turn, part.kind == Kind.REASONING, word) for part, word in skeleton.words]
         self.num_filled = 0
+
+    @property
+    def has_reasoning(self) -> bool:
+        """Whether a turn's reasoning plays a part."""
+        return bool(self.reasoning) or any(is_reasoning for _, is_reasoning, _ in self.words)
 
     def fill(self, content: Sequence[str], reasoning: Sequence[str | None]) -> tuple[list[str], int] | None:
         """The pieces of the example and its flags; None when the texts do not meet the skeleton's conditions."""
         for text in content:
             if not text or text.isspace():
                 return None
-        for turn, is_reasoning, word in self._words:
+        for turn, is_reasoning, word in self.words:
             if word in ((reasoning[turn] or "") if is_reasoning else content[turn]):
                 return None
-        pieces: list[Any] = self._pieces.copy()
-        for place, turn in self._content:
+        pieces: list[Any] = self.pieces.copy()
+        for place, turn in self.content:
             pieces[place] = content[turn]
-        for place, turn in self._reasoning:
+        for place, turn in self.reasoning:
             pieces[place] = reasoning[turn]
         flags = self.form.flags
-        for place, slot, is_answer in self._edited:
+        for place, slot, is_answer in self.edited:
             before = pieces[place]
             pieces[place] = slot.fill(before)
             if is_answer and len(before) != len(pieces[place]):
@@ -158,12 +163,21 @@ class Layer:
         self._fillers: dict[tuple[bytes, bytes, tuple[int, ...] | None], Filler | None] = {}
         self._symbolic: Any = None
 
-    def lay(self, columns: TurnColumns, jobs: Callable[[int], Sequence[Job]] | None = None) -> Laid:
-        """All examples of a batch; `jobs(record)` says which a record gives, by default one with all its turns."""
+    def lay(
+        self,
+        columns: TurnColumns,
+        jobs: Callable[[int], Sequence[Job]] | None = None,
+        *,
+        records: Sequence[int] | None = None,
+    ) -> Laid:
+        """The examples of some records of a batch (of all), one after another; `jobs(record)` says which a record gives, by
+        default one with all its turns.
+        """
         laid = Laid()
         offsets, roles = columns.offsets.tolist(), columns.role.tobytes()
-        rest = _is_particular(columns)
-        for record, (a, b) in enumerate(pairwise(offsets)):
+        rest = particular(columns)
+        for record in range(len(columns)) if records is None else records:
+            a, b = offsets[record], offsets[record + 1]
             for job in (WHOLE,) if jobs is None else jobs(record):
                 if rest is None or not rest[record]:
                     made = self._filled(columns, roles, a, b, job)
@@ -191,15 +205,19 @@ class Layer:
             reasoning = [reasoning[turn] for turn in job.kept] if reasoning else ()
             of_turns = bytes(of_turns[turn] for turn in job.kept)
         thinks = b"" if not any(reasoning) else bytes(bool(text) for text in reasoning)
-        key = (of_turns, thinks, job.kept)
-        if key not in self._fillers:
-            self._fillers[key] = self._make_filler(*key)
-        filler = self._fillers[key]
+        filler = self.filler(of_turns, thinks, job.kept)
         if filler is None or (made := filler.fill(content, reasoning)) is None:
             return None
         if filler.num_filled % EVERY == 1:
-            self._check(columns, [a + turn for turn in job.kept or range(b - a)], filler, made[0])
+            self.check(columns, [a + turn for turn in job.kept or range(b - a)], filler, made[0])
         return made[0], filler.form, made[1]
+
+    def filler(self, roles: bytes, thinks: bytes = b"", kept: tuple[int, ...] | None = None) -> Filler | None:
+        """The skeleton of records of these roles (`thinks`: which turns have reasoning), or None."""
+        key = (roles, thinks, kept)
+        if key not in self._fillers:
+            self._fillers[key] = self._make_filler(*key)
+        return self._fillers[key]
 
     def _make_filler(self, roles: bytes, thinks: bytes, kept: tuple[int, ...] | None) -> Filler | None:
         if len(self._fillers) > _MAX_FORMS:
@@ -220,7 +238,7 @@ class Layer:
         )
         return None if made is None else Filler(made, kept or range(len(names)), _hidden_flags(made.hidden, names))
 
-    def _check(self, columns: TurnColumns, turns: Sequence[int], filler: Filler, pieces: list[str]) -> None:
+    def check(self, columns: TurnColumns, turns: Sequence[int], filler: Filler, pieces: list[str]) -> None:
         """The filled skeleton against the record rendered and traced; TemplateError when they differ."""
         messages = [_message(columns, turn) for turn in turns]
         try:
@@ -287,8 +305,8 @@ def _hidden_flags(hidden: Sequence[int], roles: Sequence[str]) -> int:
     return int(flags)
 
 
-def _is_particular(columns: TurnColumns) -> np.ndarray | None:
-    """Which records have more than plain texts and reasoning; None when none has."""
+def particular(columns: TurnColumns) -> np.ndarray | None:
+    """Which records have more than plain texts and reasoning (R,); None when none has."""
     flat = [each for each in (columns.tool_calls, columns.name, columns.call_id) if each is not None]
     if not flat and columns.tools is None:
         return None

@@ -11,22 +11,25 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tutelage.errors import TemplateError
-from tutelage.records import LEARNED_KINDS, Dropped, Int64, Kind, Rewrite
+from tutelage.records import LEARNED_KINDS, Dropped, Int64, Rewrite
 from tutelage.render.engines import EngineDiffers
-from tutelage.render.examples import Block, Renderer
-from tutelage.render.forms import Laid, columns_of
+from tutelage.render.examples import Renderer
+from tutelage.render.finish import Block
+from tutelage.render.forms import columns_of
+from tutelage.render.kernels import WORTH_COMPILING, count_learned, kernel, load_kernels
 from tutelage.render.provenance import Refusal
+from tutelage.render.sheet import Sheet
 from tutelage.render.spec import RenderSpec
 from tutelage.render.template import read_template
 from tutelage.render.tokenizer import OpenTokenizer, open_tokenizer
-from tutelage.render.tokens import BATCH_TEXTS, load_kernel
+from tutelage.render.tokens import BATCH_TEXTS
 from tutelage.store import Artefact, Counts, Outcome, Progress, Stage, Store
 from tutelage.tables import (
     DROPPED,
@@ -57,7 +60,7 @@ TEMPLATE_REASONS = frozenset(
 )
 """Refusals that say something about the template. When every record meets the same one, the template is wrong, not the data."""
 
-_IS_LEARNED = np.isin(np.arange(len(Kind)), LEARNED_KINDS)
+_IS_LEARNED = np.isin(np.arange(256), LEARNED_KINDS)
 
 
 def render_stage(read: Stage, *, tokenizer: Stage, spec: RenderSpec, base: Path, store: Store) -> Stage:
@@ -135,13 +138,25 @@ def _ingredients(spec: RenderSpec, template: str | None) -> dict[str, Any]:
 def warm_up(tokenizer: Path, *, spec: RenderSpec, base: Path) -> None:
     """Opens a tokenizer artefact, proves its engine and learns its template, so that processes forked from here need not."""
     Renderer(_opened(tokenizer), spec, template=read_template(spec.template, base=base)).describe()
-    load_kernel()
+    load_kernels()
 
 
 @lru_cache(maxsize=2)
 def _opened(folder: Path) -> OpenTokenizer:
     """The tokenizer of an artefact, which never changes: parsing it takes longer than rendering a small source."""
     return open_tokenizer(folder)
+
+
+class _Refused(NamedTuple):
+    """A record set aside: its row, why, and how its text begins."""
+
+    row: int
+    refusal: Refusal
+    excerpt: str
+
+
+EXCERPT = 200
+"""Characters of a record's first text that are kept with the reason why it was set aside."""
 
 
 @dataclass
@@ -156,8 +171,8 @@ class _Job:
     path: Path
     renderer: Renderer
     progress: Progress
-    refused: list[tuple[int, Refusal]] = field(default_factory=list)
-    lost: list[tuple[int, Refusal]] = field(default_factory=list)
+    refused: list[_Refused] = field(default_factory=list)
+    lost: list[_Refused] = field(default_factory=list)
     totals: Counter[str] = field(default_factory=Counter)
 
     def run(self, batches: Callable[[], Iterator[_Batch]]) -> None:
@@ -181,17 +196,17 @@ class _Job:
         pending: Future[None] | None = None
         with closing(RenderedWriter(self.folder)) as writer, ThreadPoolExecutor(1, "render") as second:
             for columns, rows in batches:
-                laid = self.renderer.lay(columns)
+                sheet = self.renderer.lay(columns)
                 if pending is not None:
                     pending.result()
-                pending = second.submit(self._finish, writer, columns, rows, laid)
+                pending = second.submit(self._finish, writer, columns, rows, sheet)
             if pending is not None:
                 pending.result()
 
-    def _finish(self, writer: RenderedWriter, columns: TurnColumns, rows: Int64, laid: Laid) -> None:
+    def _finish(self, writer: RenderedWriter, columns: TurnColumns, rows: Int64, sheet: Sheet) -> None:
         """A batch's second half, to its place on disk."""
-        block = self.renderer.finish(columns, laid, names=_Names(self.path, self.source, rows))
-        num_learned = _num_learned(block)
+        block = self.renderer.finish(columns, sheet, names=_Names(self.path, self.source, rows))
+        learned = num_learned(block)
         table = pa.table(
             {
                 "row": rows[block.records],
@@ -199,24 +214,26 @@ class _Job:
                 "task": pa.DictionaryArray.from_arrays(columns.task_codes[block.records], columns.task_names),
                 "num_tokens": block.num_tokens.astype(np.int32),
                 "num_turns": block.num_turns.astype(np.int32),
-                "num_learned_tokens": num_learned.astype(np.int32),
+                "num_learned_tokens": learned.astype(np.int32),
                 "flags": block.flags,
             }
         )
         writer.write_arrays(table, ids=block.ids, kinds=block.kinds, turns=block.turns, turn_weights=block.turn_weights)
-        self.refused += [(int(rows[record]), refusal) for record, refusal in block.refusals]
-        self.lost += [(int(rows[record]), refusal) for record, refusal in block.lost]
+        for kept, found in ((self.refused, block.refusals), (self.lost, block.lost)):
+            first = columns.offsets[[record for record, _ in found]] if found else ()
+            excerpts = [columns.content[int(turn)][:EXCERPT] for turn in first]
+            kept += [_Refused(int(rows[record]), refusal, text) for (record, refusal), text in zip(found, excerpts, strict=True)]
         self.totals["num_in"] += len(columns)
         self.totals["num_examples"] += len(block)
         self.totals["num_tokens"] += len(block.ids)
-        self.totals["num_learned_tokens"] += int(num_learned.sum())
+        self.totals["num_learned_tokens"] += int(learned.sum())
         self.progress.advance(len(columns))
 
     def require_some_template(self) -> None:
         """TemplateError when every single record was refused for the same cause, and that cause is the template."""
-        reasons = {refusal.reason for _, refusal in self.refused}
+        reasons = {each.refusal.reason for each in self.refused}
         if self.totals["num_in"] and not self.totals["num_examples"] and len(reasons) == 1 and reasons <= TEMPLATE_REASONS:
-            row, refusal = self.refused[0]
+            row, refusal, _ = self.refused[0]
             where = records_at(self.path, [row])[row]
             raise TemplateError(
                 f"source {self.source}: the chat template fails for every one of its {self.totals['num_in']:,} records "
@@ -226,7 +243,7 @@ class _Job:
 
     def finish(self) -> Outcome:
         """The account."""
-        reasons = Counter(refusal.reason for _, refusal in self.refused)
+        reasons = Counter(each.refusal.reason for each in self.refused)
         renderer, counts = self.renderer, self.renderer.counts
         names = ("forged", "truncated", "dropped_system", "hidden_turns", "by_offsets", "rewritten", "windows", "lost_examples")
         closing = renderer.default.closing
@@ -240,17 +257,12 @@ class _Job:
         return Outcome(Counts(num_in, num_in - len(self.refused), dict(reasons)), facts)
 
 
-def _num_learned(block: Block) -> Int64:
+def num_learned(block: Block) -> Int64:
     """Per example: tokens that a model writes (marks too), in turns that are to be learned; the first token is no target."""
-    learned = _IS_LEARNED[block.kinds] | ((block.kinds == Kind.SCAFFOLD) & (block.turns >= 0))
-    starts = np.cumsum(block.num_tokens) - block.num_tokens
-    if not (block.turn_weights > 0).all():
-        first_turn = np.repeat(np.cumsum(block.num_turns) - block.num_turns, block.num_tokens)
-        learned &= block.turn_weights[first_turn + np.maximum(block.turns, 0)] > 0
-    if not len(block):
-        return np.zeros(0, np.int64)
-    learned[starts] = False
-    counts: Int64 = np.add.reduceat(learned, starts, dtype=np.int64)
+    counts = np.zeros(len(block), np.int64)
+    tokens, turns = (np.concatenate([[0], np.cumsum(each, dtype=np.int64)]) for each in (block.num_tokens, block.num_turns))
+    how = kernel(count_learned) if len(block.ids) > WORTH_COMPILING else count_learned
+    how(block.kinds, block.turns, tokens, turns, block.turn_weights, _IS_LEARNED, counts)
     return counts
 
 
@@ -273,12 +285,11 @@ def _detail(refusal: Refusal) -> str:
     return f"turn {refusal.turn}: {refusal.detail}" if refusal.turn >= 0 else refusal.detail
 
 
-def _write_refusals(path: Path, source: str, conversations: Path, refused: Sequence[tuple[int, Refusal]]) -> None:
+def _write_refusals(path: Path, source: str, conversations: Path, refused: Sequence[_Refused]) -> None:
     """A table of records set aside, each with where it was read."""
-    where = records_at(conversations, [row for row, _ in refused])
+    where = records_at(conversations, [each.row for each in refused], columns=("file", "line"))
     rows = []
-    for row, refusal in refused:
+    for row, refusal, excerpt in refused:
         at = where[row]
-        excerpt = at["turns"][0]["content"][:200]
         rows.append(Dropped(source, at["file"], at["line"], row, refusal.reason, _detail(refusal), excerpt))
     write_records(path, DROPPED, rows)

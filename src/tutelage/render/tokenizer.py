@@ -27,7 +27,8 @@ class OpenTokenizer:
     """A tokenizer ready for batches.
 
     `special_tokens` are the named ones that templates print (`bos_token`, ...); `end_tokens` the texts of the model's end
-    tokens, the tokenizer's own `eos_token` first; `templates` by name; `engine` says how it was opened and why.
+    tokens, the tokenizer's own `eos_token` first; `templates` by name; `engine` says how it was opened and why; `file` is
+    the JSON that it was read from, until `forget`.
     """
 
     backend: Tokenizer
@@ -35,6 +36,7 @@ class OpenTokenizer:
     end_tokens: tuple[str, ...]
     templates: dict[str, str]
     engine: str
+    file: bytes | None = None
 
     @property
     def pads_with_end(self) -> bool:
@@ -59,13 +61,24 @@ class OpenTokenizer:
     @cached_property
     def layout(self) -> dict[str, Any]:
         """The tokenizer's JSON without its vocabulary."""
-        whole = self.whole()
-        return {name: whole.get(name) for name in ("normalizer", "pre_tokenizer", "decoder", "added_tokens")}
+        return {name: self.whole.get(name) for name in ("normalizer", "pre_tokenizer", "decoder", "added_tokens")}
 
+    @property
+    def raw(self) -> bytes:
+        """The tokenizer's JSON."""
+        return self.backend.to_str().encode() if self.file is None else self.file
+
+    @cached_property
     def whole(self) -> dict[str, Any]:
-        """The tokenizer's JSON, read anew: a vocabulary as Python objects takes a hundred megabytes."""
-        found: dict[str, Any] = orjson.loads(self.backend.to_str())
-        return found
+        """The tokenizer's JSON read, without truncation and padding."""
+        found: dict[str, Any] = orjson.loads(self.raw)
+        return found | {"truncation": None, "padding": None}
+
+    def forget(self) -> None:
+        """Keeps no more than what rendering needs: a vocabulary as Python objects takes a hundred megabytes."""
+        _ = self.layout
+        self.__dict__.pop("whole", None)
+        object.__setattr__(self, "file", None)
 
     def id_of(self, token: str) -> int:
         """The id of a token's text; TemplateError when the vocabulary lacks it."""
@@ -75,27 +88,30 @@ class OpenTokenizer:
         return int(found)
 
 
-READY = "opened_tokenizer.json"
-"""A tokenizer that only `AutoTokenizer` opens rightly, as it came out: what it writes into a folder that keeps one."""
+READY, READY_BACKEND = "opened_tokenizer.json", "opened_backend.json"
+"""A tokenizer that only `AutoTokenizer` opens rightly, as it came out: its names and templates, and its own JSON."""
 
 
 def open_tokenizer(folder: Path) -> OpenTokenizer:
     """The tokenizer of a folder that `AutoTokenizer.from_pretrained` can load; ids are the same as its ids."""
     config = _json(folder / "tokenizer_config.json")
+    file: bytes | None
     if (folder / READY).exists():
-        ready = _json(folder / READY)
-        backend, special, templates = Tokenizer.from_str(ready["backend"]), ready["special_tokens"], ready["templates"]
+        ready, file = _json(folder / READY), (folder / READY_BACKEND).read_bytes()
+        backend, special, templates = Tokenizer.from_buffer(file), ready["special_tokens"], ready["templates"]
         engine = "transformers.AutoTokenizer, as kept from the first time"
     elif (why := _why_not_as_is(folder, config)) is None:
-        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        file = (folder / "tokenizer.json").read_bytes()
+        backend = Tokenizer.from_buffer(file)
         special, templates = named_tokens(config), template_in(folder, config)
         engine = "tokenizers: tokenizer.json is used as it is"
     else:
+        file = None
         backend, special, templates = _through_transformers(folder)
         engine = f"transformers.AutoTokenizer: {why}"
     backend.no_truncation()
     backend.no_padding()
-    return OpenTokenizer(backend, special, _end_tokens(folder, backend, special), templates, engine)
+    return OpenTokenizer(backend, special, _end_tokens(folder, backend, special), templates, engine, file)
 
 
 def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:

@@ -15,7 +15,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
@@ -24,6 +24,7 @@ import numpy as np
 from tutelage.records import Int32, Int64, Kind, UInt8
 from tutelage.render.cells import Cells
 from tutelage.render.engines import Chosen, Reference, Texts
+from tutelage.render.kernels import WORD, WORTH_COMPILING, kernel, label_cells, walk
 from tutelage.render.tokenizer import OpenTokenizer
 
 BATCH_TEXTS = 4096
@@ -32,7 +33,6 @@ BATCH_TEXTS = 4096
 _PRIORITY = np.array([0, 1, 1, 4, 4, 4, 1, 3], np.uint8)
 """By kind: who gets a token that straddles a border. What the model writes, then its stop, marks, what it reads, scaffold."""
 _MARK_PRIORITY = 2
-_WORD = 8
 
 
 @dataclass
@@ -97,7 +97,7 @@ class ByteTable:
     @cached_property
     def words(self) -> tuple[np.ndarray, np.ndarray]:
         """Bytes 0-7 and 8-15 of every token as little-endian u64, zeros behind its end: what comparing 8 bytes at once needs."""
-        padded = b"".join(text[: 2 * _WORD].ljust(2 * _WORD, b"\0") for text in self.texts)
+        padded = b"".join(text[: 2 * WORD].ljust(2 * WORD, b"\0") for text in self.texts)
         pairs = np.frombuffer(padded, "<u8").reshape(-1, 2)
         return pairs[:, 0].copy(), pairs[:, 1].copy()
 
@@ -107,8 +107,8 @@ def byte_table(tokenizer: OpenTokenizer) -> ByteTable | None:
     layout = tokenizer.layout
     if (spell := _speller(layout)) is None:
         return None
-    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
-    added = {token.content for token in tokenizer.backend.get_added_tokens_decoder().values()}
+    vocabulary = _vocabulary(tokenizer)
+    added = {token["content"] for token in layout["added_tokens"]}
     is_byte_level = _types(layout["decoder"]) == ["ByteLevel"]
     texts = [b""] * (max(vocabulary.values(), default=-1) + 1)
     plain = [token for token in vocabulary if token not in added]
@@ -121,6 +121,14 @@ def byte_table(tokenizer: OpenTokenizer) -> ByteTable | None:
     if has_dummy:
         texts += [text[1:] for text in texts]
     return ByteTable(texts, np.fromiter(map(len, texts), np.int64, len(texts)), is_special, has_dummy)
+
+
+def _vocabulary(tokenizer: OpenTokenizer) -> dict[str, int]:
+    """The id of every token, added ones too."""
+    vocabulary = tokenizer.whole["model"].get("vocab")
+    if not isinstance(vocabulary, dict):
+        return tokenizer.backend.get_vocab(with_added_tokens=True)
+    return vocabulary | {token["content"]: token["id"] for token in tokenizer.layout["added_tokens"]}
 
 
 def special_ids(tokenizer: OpenTokenizer, size: int | None = None) -> np.ndarray:
@@ -263,14 +271,9 @@ def _by_bytes(table: ByteTable, ids: Int32, num_tokens: Int64, batch: Texts) -> 
     (array([0, 1, 3]), array([1, 3, 5]), array([ True,  True]))
     """
     spelled = ids + table.size * _dummies(table, ids, num_tokens) if table.has_dummy else ids
-    walk = _compiled() if len(ids) > _WORTH_COMPILING else _walk_arrays
-    starts, ends, is_proved = walk(spelled, _offsets(num_tokens), table, batch)
+    how = _walk_compiled if len(ids) > WORTH_COMPILING else _walk_arrays
+    starts, ends, is_proved = how(spelled, _offsets(num_tokens), table, batch)
     return Encoded(ids, starts, ends, num_tokens, np.diff(batch.offsets), is_proved)
-
-
-Walk = Callable[[np.ndarray, Int64, ByteTable, Texts], tuple[Int64, Int64, np.ndarray]]
-"""(spelled ids, first token of each example, table, texts) to byte positions of tokens and what is proved of examples."""
-_WORTH_COMPILING = 100_000
 
 
 def _walk_arrays(ids: np.ndarray, first: Int64, table: ByteTable, batch: Texts) -> tuple[Int64, Int64, np.ndarray]:
@@ -287,73 +290,17 @@ def _walk_arrays(ids: np.ndarray, first: Int64, table: ByteTable, batch: Texts) 
     return starts, ends, is_proved
 
 
-def load_kernel() -> None:
-    """Compiles the walk, or reads it from disk, by walking over one token."""
-    table = ByteTable([b"a"], np.array([1]), np.zeros(1, bool), False)
-    _compiled()(np.zeros(1, np.int32), np.array([0, 1]), table, Texts.of(["a"]))
-
-
-@cache
-def _compiled() -> Walk:
-    """The walk compiled on first use, and kept on disk where a folder for it can be written: five times as fast."""
-    import numba
-
-    try:
-        kernel: Any = numba.njit(cache=True, nogil=True)(_walk)
-    except RuntimeError:  # no folder that can be written: compile in every process
-        kernel = numba.njit(nogil=True)(_walk)
-
-    def walk(ids: np.ndarray, first: Int64, table: ByteTable, batch: Texts) -> tuple[Int64, Int64, np.ndarray]:
-        starts, ends, is_proved = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64), np.empty(len(batch), bool)
-        kernel(ids, first, *table.words, *table.flat, *_words_at(batch.data), batch.offsets, starts, ends, is_proved)
-        return starts, ends, is_proved
-
-    return walk
-
-
-def _walk(  # noqa: PLR0913 - a kernel takes arrays, not objects
-    ids: np.ndarray,
-    first: Int64,
-    near: np.ndarray,
-    far: np.ndarray,
-    flat: UInt8,
-    begins: Int64,
-    data: UInt8,
-    words: np.ndarray,
-    offsets: Int64,
-    starts: Int64,
-    ends: Int64,
-    is_proved: np.ndarray,
-) -> None:
-    """Plain loops, for numba: token by token, eight bytes at a time."""
-    full = np.uint64(0xFFFFFFFFFFFFFFFF)
-    for example in range(len(offsets) - 1):
-        at, until = offsets[example], offsets[example + 1]
-        is_same = True
-        for token in range(first[example], first[example + 1]):
-            i = ids[token]
-            begin = begins[i]
-            length = begins[i + 1] - begin
-            starts[token] = at
-            is_same = is_same and at + length <= until
-            if is_same and length > 0:
-                mask = full if length >= _WORD else full >> np.uint64(64 - 8 * length)
-                is_same = (words[at] & mask) == near[i]
-                if length > _WORD:
-                    rest = length - _WORD
-                    mask = full if rest >= _WORD else full >> np.uint64(64 - 8 * rest)
-                    is_same = is_same and (words[at + _WORD] & mask) == far[i]
-                for k in range(2 * _WORD, length):
-                    is_same = is_same and data[at + k] == flat[begin + k]
-            at += length
-            ends[token] = at
-        is_proved[example] = is_same and at == until
+def _walk_compiled(ids: np.ndarray, first: Int64, table: ByteTable, batch: Texts) -> tuple[Int64, Int64, np.ndarray]:
+    """The walk as a kernel: five times as fast."""
+    starts, ends, is_proved = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64), np.empty(len(batch), bool)
+    kernel(walk)(ids, first, *table.words, *table.flat, *_words_at(batch.data), batch.offsets, starts, ends, is_proved)
+    return starts, ends, is_proved
 
 
 def _words_at(data: bytes) -> tuple[UInt8, np.ndarray]:
     """The bytes, and the eight bytes from each place on as one number."""
-    padded = data + b"\0" * (2 * _WORD)
-    return np.frombuffer(padded, np.uint8), np.ndarray((len(padded) - _WORD + 1,), "<u8", padded, strides=(1,))
+    padded = data + b"\0" * (2 * WORD)
+    return np.frombuffer(padded, np.uint8), np.ndarray((len(padded) - WORD + 1,), "<u8", padded, strides=(1,))
 
 
 def _differing(table: ByteTable, ids: np.ndarray, starts: Int64, lengths: Int64, data: bytes) -> Int64:
@@ -362,17 +309,17 @@ def _differing(table: ByteTable, ids: np.ndarray, starts: Int64, lengths: Int64,
     top = len(data)
     near, far = table.words
     starts = np.clip(starts, 0, top)
-    wrong = (at[starts] & _MASKS[np.minimum(lengths, _WORD)]) != near[ids]
-    long = np.flatnonzero(lengths > _WORD)
+    wrong = (at[starts] & _MASKS[np.minimum(lengths, WORD)]) != near[ids]
+    long = np.flatnonzero(lengths > WORD)
     if len(long):
-        rest = np.minimum(lengths[long] - _WORD, _WORD)
-        wrong[long] |= (at[np.minimum(starts[long] + _WORD, top)] & _MASKS[rest]) != far[ids[long]]
-        for i in long[lengths[long] > 2 * _WORD].tolist():
+        rest = np.minimum(lengths[long] - WORD, WORD)
+        wrong[long] |= (at[np.minimum(starts[long] + WORD, top)] & _MASKS[rest]) != far[ids[long]]
+        for i in long[lengths[long] > 2 * WORD].tolist():
             wrong[i] |= data[starts[i] : starts[i] + lengths[i]] != table.texts[ids[i]]
     return np.flatnonzero(wrong)
 
 
-_MASKS = np.array([(1 << (8 * n)) - 1 for n in range(_WORD + 1)], np.uint64)
+_MASKS = np.array([(1 << (8 * n)) - 1 for n in range(WORD + 1)], np.uint64)
 
 
 def _dummies(table: ByteTable, ids: Int32, num_tokens: Int64) -> Int64:
@@ -436,6 +383,28 @@ def label(encoded: Encoded, cell_ends: Int64, cell_kinds: UInt8, cell_turns: np.
     >>> out.kinds, out.turns, out.tokens_per_cell           # bytes 0-1, 2-4, 5: the second token straddles byte 3
     (array([0, 3, 7], dtype=uint8), array([-1,  1,  1], dtype=int16), array([1, 1, 1]))
     """
+    how = _label_compiled if len(encoded.ids) > WORTH_COMPILING else label_arrays
+    return how(encoded, cell_ends, cell_kinds, cell_turns)
+
+
+def priorities(cell_kinds: UInt8, cell_turns: np.ndarray) -> UInt8:
+    """Who gets a token that straddles a border, by cell."""
+    priority: UInt8 = _PRIORITY[cell_kinds]
+    priority[(cell_kinds == Kind.SCAFFOLD) & (cell_turns >= 0)] = _MARK_PRIORITY
+    return priority
+
+
+def _label_compiled(encoded: Encoded, cell_ends: Int64, cell_kinds: UInt8, cell_turns: np.ndarray) -> Labelled:
+    num = len(encoded.ids)
+    made = Labelled(np.empty(num, np.uint8), np.empty(num, np.int16), np.empty(num, np.int64), np.zeros(len(cell_ends), np.int64))
+    turns = cell_turns.astype(np.int16, copy=False)
+    cells = (cell_ends, cell_kinds, turns, priorities(cell_kinds, turns))
+    kernel(label_cells)(encoded.starts, encoded.ends, *cells, made.kinds, made.turns, made.cell, made.tokens_per_cell)
+    return made
+
+
+def label_arrays(encoded: Encoded, cell_ends: Int64, cell_kinds: UInt8, cell_turns: np.ndarray) -> Labelled:
+    """`label` as array operations."""
     starts_of_cells = np.concatenate([np.zeros(1, np.int64), cell_ends[:-1]])
     first = np.searchsorted(encoded.starts, starts_of_cells, "left")
     per_cell = np.diff(np.concatenate([first, [len(encoded.ids)]]))
@@ -445,8 +414,7 @@ def label(encoded: Encoded, cell_ends: Int64, cell_kinds: UInt8, cell_turns: np.
         np.flatnonzero((before >= 0) & (encoded.ends[np.maximum(before, 0)] > starts_of_cells)) if len(cell) else first[:0]
     )
     if len(straddles):
-        priority = _PRIORITY[cell_kinds]
-        priority[(cell_kinds == Kind.SCAFFOLD) & (cell_turns >= 0)] = _MARK_PRIORITY
+        priority = priorities(cell_kinds, cell_turns)
         order = straddles[np.argsort(priority[straddles], kind="stable")]
         tokens = before[order]
         wins = priority[order] > priority[cell[tokens]]

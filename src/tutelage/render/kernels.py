@@ -1,0 +1,187 @@
+"""Loops over arrays, compiled by numba: each has a counterpart in NumPy or Python that tests compare it with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from tutelage.records import Float32, Int64, UInt8
+
+WORD = 8
+WORTH_COMPILING = 100_000
+"""Tokens from which a kernel is worth being compiled, or read from disk."""
+
+
+@cache
+def kernel(function: Callable[..., Any]) -> Any:
+    """A function of plain loops, compiled on first use for the types that it meets; from disk where a folder can be written."""
+    import numba
+
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # no folder that can be written: compile in every process
+        return numba.njit(nogil=True)(function)
+
+
+def load_kernels() -> None:
+    """Compiles all kernels, or reads them from disk, by running each on next to nothing."""
+    one, byte, edges, turn = np.ones(1, np.int64), np.ones(1, np.uint8), np.array([0, 1]), np.zeros(1, np.int16)
+    flag, word = np.zeros(1, bool), np.ones(1, np.uint64)
+    none = np.zeros(0, np.int64)
+    kernel(copy_stretches)(byte, none, none, byte.copy())
+    kernel(trim)(byte, np.zeros(256, bool), True, True, True, none, none)
+    padded = np.ones(3 * WORD, np.uint8)
+    words = np.ndarray((len(padded) - WORD + 1,), "<u8", padded.tobytes(), strides=(1,))
+    ids = np.zeros(1, np.int32)
+    frozen = np.frombuffer(b"a", np.uint8)
+    kernel(walk)(ids, edges, word, word, frozen, edges, np.frombuffer(padded.tobytes(), np.uint8), words, edges, one, one, flag)
+    kernel(label_cells)(none, none, one, byte, turn, byte, byte.copy(), turn.copy(), none, one.copy())
+    kernel(count_learned)(none.astype(np.uint8), turn[:0], none, none, np.zeros(0, np.float32), np.zeros(256, bool), none)
+
+
+def copy_stretches(source: UInt8, starts: Int64, lengths: Int64, out: UInt8) -> None:
+    """Stretches of `source` end to end in `out`."""
+    at = 0
+    for i in range(len(starts)):
+        start, length = starts[i], lengths[i]
+        for k in range(length):
+            out[at + k] = source[start + k]
+        at += length
+
+
+def trim(  # noqa: C901 - a kernel takes arrays, not objects
+    data: UInt8, which: np.ndarray, wide: bool, left: bool, right: bool, first: Int64, last: Int64
+) -> None:
+    """Moves each `first` and `last` past the characters that go, on the sides asked for.
+
+    `which` (256,) are the bytes below 128 that go; `wide`: with them the white space beyond ASCII that `str.strip` takes, in
+    UTF-8 C2 85, C2 A0, E1 9A 80, E2 80 80-8A, E2 80 A8, A9, AF, E2 81 9F, E3 80 80.
+    """
+    for i in range(len(first)):
+        a, b = first[i], last[i]
+        for side in range(2):
+            going = left if side == 0 else right
+            while going and a < b:
+                going = False
+                near = data[a] if side == 0 else data[b - 1]
+                if near < 0x80:
+                    width = 1 if which[near] else 0
+                else:
+                    width = 0
+                    if wide and b - a >= 2:
+                        at = a if side == 0 else b - 2
+                        if data[at] == 0xC2 and (data[at + 1] == 0x85 or data[at + 1] == 0xA0):
+                            width = 2
+                    if wide and width == 0 and b - a >= 3:
+                        at = a if side == 0 else b - 3
+                        c, d, e = data[at], data[at + 1], data[at + 2]
+                        if c == 0xE2 and d == 0x80 and (0x80 <= e <= 0x8A or e == 0xA8 or e == 0xA9 or e == 0xAF):
+                            width = 3
+                        elif (
+                            (c == 0xE2 and d == 0x81 and e == 0x9F)
+                            or (c == 0xE1 and d == 0x9A and e == 0x80)
+                            or (c == 0xE3 and d == 0x80 and e == 0x80)
+                        ):
+                            width = 3
+                if width > 0:
+                    going = True
+                    if side == 0:
+                        a += width
+                    else:
+                        b -= width
+        first[i], last[i] = a, b
+
+
+def walk(  # noqa: PLR0913 - a kernel takes arrays, not objects
+    ids: np.ndarray,
+    first: Int64,
+    near: np.ndarray,
+    far: np.ndarray,
+    flat: UInt8,
+    begins: Int64,
+    data: UInt8,
+    words: np.ndarray,
+    offsets: Int64,
+    starts: Int64,
+    ends: Int64,
+    is_proved: np.ndarray,
+) -> None:
+    """Byte positions of all tokens, and which examples they spell: `near` and `far` are bytes 0-7 and 8-15 of every token.
+
+    Eight bytes are compared at a time. See `tokens.ByteTable` and `tokens._walk_arrays`.
+    """
+    full = np.uint64(0xFFFFFFFFFFFFFFFF)
+    for example in range(len(offsets) - 1):
+        at, until = offsets[example], offsets[example + 1]
+        is_same = True
+        for token in range(first[example], first[example + 1]):
+            i = ids[token]
+            begin = begins[i]
+            length = begins[i + 1] - begin
+            starts[token] = at
+            is_same = is_same and at + length <= until
+            if is_same and length > 0:
+                mask = full if length >= WORD else full >> np.uint64(64 - 8 * length)
+                is_same = (words[at] & mask) == near[i]
+                if length > WORD:
+                    rest = length - WORD
+                    mask = full if rest >= WORD else full >> np.uint64(64 - 8 * rest)
+                    is_same = is_same and (words[at + WORD] & mask) == far[i]
+                for k in range(2 * WORD, length):
+                    is_same = is_same and data[at + k] == flat[begin + k]
+            at += length
+            ends[token] = at
+        is_proved[example] = is_same and at == until
+
+
+def label_cells(  # noqa: PLR0913 - a kernel takes arrays, not objects
+    starts: Int64,
+    ends: Int64,
+    cell_ends: Int64,
+    cell_kinds: UInt8,
+    cell_turns: np.ndarray,
+    priority: UInt8,
+    kinds: UInt8,
+    turns: np.ndarray,
+    cell: Int64,
+    tokens_per_cell: Int64,
+) -> None:
+    """The kind, turn and cell of each token; a token over several cells goes to the one of the highest priority.
+
+    Of equals it stays in the one where it begins, else it goes to the last. See `tokens.label_arrays`.
+    """
+    at, last = 0, len(cell_ends) - 1
+    for token in range(len(starts)):
+        start, end = starts[token], ends[token]
+        while at < last and cell_ends[at] <= start:  # cell at + 1 begins where cell at ends
+            at += 1
+        chosen, other = at, at + 1
+        while other <= last and cell_ends[other - 1] < end:
+            wins = priority[other] > priority[at] and priority[other] >= priority[chosen]
+            chosen = other if wins else chosen
+            other += 1
+        kinds[token], turns[token], cell[token] = cell_kinds[chosen], cell_turns[chosen], chosen
+        tokens_per_cell[chosen] += 1
+
+
+def count_learned(
+    kinds: UInt8,
+    turns: np.ndarray,
+    token_offsets: Int64,
+    turn_offsets: Int64,
+    turn_weights: Float32,
+    is_learned: np.ndarray,
+    counts: Int64,
+) -> None:
+    """Per example: tokens that a model writes (marks too), in turns that are to be learned; the first token is no target."""
+    for example in range(len(counts)):
+        number = 0
+        for token in range(token_offsets[example] + 1, token_offsets[example + 1]):
+            turn = turns[token]
+            is_written = is_learned[kinds[token]] or (kinds[token] == 0 and turn >= 0)
+            if is_written and (turn < 0 or turn_weights[turn_offsets[example] + turn] > 0):
+                number += 1
+        counts[example] = number
