@@ -51,6 +51,8 @@ docs: install-dev
 
 bench: install-dev
 	$(BIN)/python benchmarks/prepare.py --quick
+	$(BIN)/python benchmarks/plan.py --quick
+	$(BIN)/python benchmarks/replan.py --quick
 
 # TEMPLATES="--templates FILE.jsonl.zst --tokenizers FOLDER" sweeps a file of templates too
 templates: install-dev

@@ -151,7 +151,7 @@ def write_million(files: Iterable[str], target: Path, *, rows: int) -> None:
 def write_models(tokenizers: str | None, folder: Path, *, only: Sequence[str] | None = None) -> dict[str, Path]:
     """A model folder per tokenizer, by name: Qwen3's, Llama 3's and SmolLM2's of a folder, or the bundled one alone."""
     if tokenizers is None:
-        whole = _bundled_folder()
+        whole = bundled_folder()
         return {"smollm2": _write_model("smollm2", whole, folder / "smollm2")}
     names = [name for name in TEMPLATES if name in (only or TEMPLATES)]
     found = {name: Path(tokenizers) / name for name in names if (Path(tokenizers) / name).is_dir()}
@@ -190,7 +190,7 @@ def _write_model(name: str, origin: Path, target: Path) -> Path:
     return target
 
 
-def _bundled_folder() -> Path:
+def bundled_folder() -> Path:
     """The bundled model's tokenizer files, kept: writing the whole model takes a while."""
     from tutelage.model.names import materialise, resolve
 

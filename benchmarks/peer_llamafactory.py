@@ -20,7 +20,7 @@ TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assis
 
 def prepare(job: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Iterator[tuple[bytes, bytes]]]:
     """Loads the tokenizer and the template, then opens, tokenises and packs the files."""
-    _stand_in("torchaudio")
+    stand_in("torchaudio")
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
@@ -36,7 +36,7 @@ def prepare(job: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Iterator
     return {**meter.spent, **result, "num_tokens": num_tokens}, _documents(made)
 
 
-def _stand_in(name: str) -> None:
+def stand_in(name: str) -> None:
     """An empty module where one is missing: LLaMA-Factory imports torchaudio even for text, and there is none for every torch."""
     if find_spec(name) is None:
         sys.modules[name] = ModuleType(name)

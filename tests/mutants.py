@@ -65,36 +65,90 @@ def by_name(name: str) -> Mutant:
 
 
 def remainder_to_the_largest(_: Function) -> Function:
-    def settle(level: Fraction, shares: dict[str, int], caps: dict[str, int]) -> dict[str, int]:
-        quotas = {name: min(level * share, Fraction(caps.get(name, level * share))) for name, share in shares.items()}
-        counts = {name: math.floor(quota) for name, quota in quotas.items()}
-        counts[max(quotas, key=lambda name: quotas[name])] += round(sum(quotas.values())) - sum(counts.values())
+    def settle(due: dict[str, int], total: int, *, one: int) -> dict[str, int]:
+        counts = {name: amount // one for name, amount in due.items()}
+        counts[max(due, key=lambda name: due[name])] += total - sum(counts.values())
         return counts
 
     return settle
 
 
 def int_truncation(_: Function) -> Function:
-    return lambda level, shares, caps: {n: int(min(level * s, caps.get(n, level * s))) for n, s in shares.items()}
+    return lambda due, total, *, one: {name: amount // one for name, amount in due.items()}
 
 
-def cap_ignored_on_refill(right: Function) -> Function:
-    return lambda level, shares, caps: right(level, shares, {})
+def cap_ignored_on_refill(_: Function) -> Function:
+    return lambda self, level: max(self.low, level * self.weight)
 
 
 def refill_once(_: Function) -> Function:
     """Pours the freed budget out a single time, so that tasks which the refill pushes over their cap stay over or short."""
 
-    def fill(shares: dict[str, int], total: Fraction, caps: dict[str, int], prices: dict[str, int]) -> Fraction:
-        level = total / sum(shares[n] * prices[n] for n in shares)
-        over = [n for n in shares if level * shares[n] > caps.get(n, math.inf)]
-        rest = [n for n in shares if n not in over]
+    def level(self: Any, amount: Fraction) -> Fraction:
+        first = Fraction(amount) / sum(part.weight for part in self.parts)
+        over = [part for part in self.parts if part.high is not None and first * part.weight > part.high]
+        rest = [part for part in self.parts if part not in over]
         if not over or not rest:
-            return level
-        left = total - sum(caps[n] * prices[n] for n in over)
-        return Fraction(left, sum(shares[n] * prices[n] for n in rest))
+            return first
+        return Fraction(amount - sum(part.high for part in over)) / sum(part.weight for part in rest)
 
-    return fill
+    return level
+
+
+def cap_per_pass(right: Function) -> Function:
+    """Every epoch starts to count visits anew."""
+
+    def bounds(tree: Any, drawn: Any, mix: Any) -> Any:
+        found = right(tree, drawn, mix)
+        passes = math.ceil(mix.epochs or 1)
+        return dataclasses.replace(found, most={name: passes * cap for name, cap in found.most.items()})
+
+    return bounds
+
+
+def freed_to_everybody(right: Function) -> Function:
+    """Groups forgotten once their weights are multiplied out: what a member frees goes to outsiders too."""
+
+    def vessel(share: Any, *, least: Any, most: Any) -> Any:
+        from tutelage.plan.pour import pour
+
+        if not any(part.parts for part in share.parts):
+            return right(share, least=least, most=most)
+        weights = pour(right(share, least={}, most={}), Fraction(1))
+        flat = [dataclasses.replace(leaf, weight=Fraction(weights[leaf.name])) for leaf in share.leaves()]
+        return right(dataclasses.replace(share, parts=tuple(flat)), least=least, most=most)
+
+    return vessel
+
+
+def remainders_over_all_groups(right: Function) -> Function:
+    """A group of many small shares collects the remainders of the others."""
+
+    def settle(vessel: Any, quotas: Any) -> Any:
+        return right(dataclasses.replace(vessel, parts=tuple(vessel.leaves())) if vessel.parts else vessel, quotas)
+
+    return settle
+
+
+def cap_after_temperature(right: Function) -> Function:
+    """K against e^(1/T), where it never binds."""
+
+    def weights(sizes: Any, rates: Any) -> Any:
+        from tutelage.plan.spec import Capped, Temperature
+
+        if not isinstance(rates, Capped):
+            return right(sizes, rates)
+        whole = max(sizes.values())
+        tempered = right(sizes, Temperature(temperature=rates.temperature))
+        scale = Fraction(whole ** (1 / rates.temperature)) / max(tempered.values())
+        return {name: min(weight * scale, Fraction(rates.cap)) for name, weight in tempered.items()}
+
+    return weights
+
+
+def steps_by_token_count(_: Function) -> Function:
+    """The first estimate taken for the answer."""
+    return lambda num_steps, filled, *, guess, least=1, most=None: guess
 
 
 # --- plan: order
@@ -216,13 +270,76 @@ def all_ones_over_a_pack(right: Function) -> Function:
     return assemble
 
 
+def normalised_after_source_weights(right: Function) -> Function:
+    """Every source ends up with the weight it would have had without one."""
+
+    def settle(self: Any, num_visits: np.ndarray, task: np.ndarray) -> Any:
+        own, factors = self.totals, self.multiplier
+        return right(dataclasses.replace(self, totals=lambda m: own(m * factors if (m == 1).all() else m)), num_visits, task)
+
+    return settle
+
+
+def _levelled(weights: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Weights rewritten so that each group of slots weighs the same, and the whole what it did."""
+    sums = np.bincount(groups.ravel(), weights=weights.ravel())
+    target = sums.sum() / max(int((sums > 0).sum()), 1)
+    return weights * np.where(sums > 0, target / np.where(sums > 0, sums, 1), 0)[groups]
+
+
+def examples_normalised_per_row(right: Function) -> Function:
+    """A packed row taken for an example."""
+
+    def assemble(self: Any, placed: Any, step: int) -> Any:
+        batch = right(self, placed, step)
+        if self._loss.normalise != "example":
+            return batch
+        rows = np.broadcast_to(np.arange(len(batch.weights))[:, None], batch.weights.shape)
+        return dataclasses.replace(batch, weights=_levelled(batch.weights.astype(np.float64), rows))
+
+    return assemble
+
+
+def tasks_normalised_per_step(right: Function) -> Function:
+    """A task that is rare in a step gets a huge weight there."""
+
+    def assemble(self: Any, placed: Any, step: int) -> Any:
+        batch = right(self, placed, step)
+        if self._loss.normalise != "task":
+            return batch
+        examples = np.zeros(batch.weights.shape, np.int64)
+        for document in batch.documents:
+            examples[document.row, document.start : document.start + document.length] = 1 + (document.example > 0)
+        return dataclasses.replace(batch, weights=_levelled(batch.weights.astype(np.float64), examples))
+
+    return assemble
+
+
+def first_tokens_tallied(right: Function) -> Function:
+    def runs(kinds: np.ndarray, turns: np.ndarray, offsets: np.ndarray) -> Any:
+        found = right(kinds, turns, offsets)
+        return dataclasses.replace(found, is_target=np.ones_like(found.is_target))
+
+    return runs
+
+
+def record_weights_by_place(right: Function) -> Function:
+    """Record weights given to examples in their order, as if every record had one example."""
+
+    def examples(name: str, shard: int, artefacts: Any, *, multiplier: np.ndarray, loss: Any) -> Any:
+        found = right(name, shard, artefacts, multiplier=multiplier, loss=loss)
+        return dataclasses.replace(found, multiplier=multiplier[: len(found.row)])
+
+    return examples
+
+
 # --- plan: packing, windows, joining
 
 
 def next_fit_packing(_: Function) -> Function:
     from tutelage.plan.fit import Packing
 
-    def pack(lengths: Sequence[int], *, capacity: int) -> Packing:
+    def pack(lengths: Sequence[int], *, capacity: int, max_documents: int | None = None) -> Packing:
         rows, starts, row, used = [], [], 0, 0
         for length in lengths:
             if used + length > capacity:
@@ -230,17 +347,73 @@ def next_fit_packing(_: Function) -> Function:
             rows.append(row)
             starts.append(used)
             used += length
-        return Packing(np.array(rows, np.int32), np.array(starts, np.int32), row + (used > 0))
+        unknown = np.zeros(row + (used > 0), np.int32)
+        return Packing(unknown, unknown, np.array(rows, np.int32), np.array(starts, np.int32))
 
     return pack
 
 
+def documents_split_at_borders(_: Function) -> Function:
+    """One stream of tokens cut every `capacity`, as pre-training does."""
+    from tutelage.plan.fit import Packing
+
+    def pack(begun: Any, lengths: Sequence[int], *, capacity: int, max_documents: int | None = None) -> Packing:
+        ends = np.cumsum(np.asarray(lengths, np.int64)) + begun.num_rows * capacity
+        first = ends - lengths
+        num_rows = -(-int(ends.max(initial=0)) // capacity)
+        unknown = np.zeros(num_rows, np.int32)
+        return Packing(unknown, unknown, (first // capacity).astype(np.int32), (first % capacity).astype(np.int32))
+
+    return pack
+
+
+def document_limit_ignored(right: Function) -> Function:
+    return lambda begun, lengths, *, capacity, max_documents=None: right(begun, lengths, capacity=capacity)
+
+
+def waiting_rows_left_half_empty(right: Function) -> Function:
+    def pack(begun: Any, lengths: Sequence[int], **others: Any) -> Any:
+        packing = right(dataclasses.replace(begun, free=np.zeros_like(begun.free)), lengths, **others)
+        packing.free[: begun.num_rows] = begun.free
+        return packing
+
+    return pack
+
+
+def waiting_documents_forgotten(right: Function) -> Function:
+    return lambda whole, row_waits, item_waits: right(whole, np.zeros_like(row_waits), np.zeros_like(item_waits))
+
+
+def one_window_for_the_whole_run(right: Function) -> Function:
+    """Packs everything at once and shuffles the rows, which fills them best."""
+
+    def cut(lengths: np.ndarray, *, shape: Any, seed: int = 0) -> Any:
+        import tutelage.plan.windows as windows
+
+        short, windows.WINDOW_STEPS = windows.WINDOW_STEPS, len(lengths) + 1
+        try:
+            layout = right(lengths, shape=shape, seed=seed)
+        finally:
+            windows.WINDOW_STEPS = short
+        return dataclasses.replace(layout, window=np.arange(len(layout.slots)) // short)
+
+    return cut
+
+
 def emptiest_rows_wait_for_ever(right: Function) -> Function:
-    return lambda rows, lengths, *, num_rows, most, num_carried: right(rows, lengths, num_rows=num_rows, most=most, num_carried=0)
+    return lambda free, *, most, num_waiting: right(free, most=most, num_waiting=0)
 
 
 def rows_not_shuffled(_: Function) -> Function:
     return lambda num, *, seed, window: np.arange(num)
+
+
+def rows_dealt_in_order(_: Function) -> Function:
+    return lambda cost, *, num, size: np.append(np.arange(len(cost)), [-1] * (num * size - len(cost))).reshape(num, size)
+
+
+def rows_balanced_by_tokens(_: Function) -> Function:
+    return lambda lengths, *, hidden_size=1: np.asarray(lengths, np.int64)
 
 
 def verdict_polarity_flipped(_: Function) -> Function:
@@ -355,34 +528,176 @@ def zero_weights_overlooked(_: Function) -> Function:
     return lambda self, name: None
 
 
+# --- plan: export
+
+
+def labels_as_targets(_: Function) -> Function:
+    """Models that shift by themselves then learn the token after the next."""
+    return lambda targets, weights: np.where(weights > 0, targets, -100).astype(np.int32)
+
+
+def weights_rounded_to_labels(_: Function) -> Function:
+    def check(self: Any, batch: Any) -> None:
+        self.factor = 1.0
+
+    return check
+
+
+def steps_cut_elsewhere(_: Function) -> Function:
+    def check(self: Any, batch: Any, num_rows: int) -> None:
+        self.per_step, self.last = max(self.per_step, num_rows), num_rows
+
+    return check
+
+
+def existing_folder_wiped(_: Function) -> Function:
+    return lambda folder, *, overwrite: None
+
+
+# --- plan: schedules
+
+
+def schedule_read_at_the_start_of_a_stretch(_: Function) -> Function:
+    return lambda shape, number: Fraction(number, 100)
+
+
+def caps_per_stage(_: Function) -> Function:
+    """Every stage may use a task up to its cap once more."""
+    return lambda wanted, *, costs, caps, floors=None: np.minimum(wanted, caps[:, None])
+
+
+def passes_restarted_at_a_stage(right: Function) -> Function:
+    def interleave(self: Any, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        task, occurrence = right(self, start, stop)
+        stretch = np.searchsorted(self._starts, np.arange(start, stop), "right") - 1
+        return task, occurrence - self._before[stretch, task]
+
+    return interleave
+
+
+def largest_remainder_at_each_border(_: Function) -> Function:
+    def rounded(curve: np.ndarray) -> np.ndarray:
+        out = np.floor(curve).astype(np.int64)
+        for border in range(curve.shape[1]):
+            missing = round(curve[:, border].sum()) - out[:, border].sum()
+            out[np.argsort(out[:, border] - curve[:, border], kind="stable")[:missing], border] += 1
+        return out
+
+    return rounded
+
+
+def stages_shuffled_into_one_another(_: Function) -> Function:
+    return lambda mixture, lengths, shape: None
+
+
+def online_shares_against_the_losses(right: Function) -> Function:
+    return lambda self, excess: right(self, {name: -value for name, value in excess.items()})
+
+
+def online_mixture_forgotten_on_resume(_: Function) -> Function:
+    return lambda self, state: None
+
+
 _TRAIN, _GRADIENT = "train/test_loop.py", "train/test_gradient.py"
 _AUDIT_TOKENS, _AUDIT = "audit/test_audit_tokens.py", "audit/test_audit_stage.py"
 _RATES, _ORDER, _WEIGHTS = "plan/test_rates.py", "plan/test_order.py", "plan/test_weights.py"
+_NORMALISE = "plan/test_normalise.py"
+_POUR = "plan/test_pour.py"
 _WINDOWS, _BATCHES = "plan/test_windows.py", "plan/test_batches.py"
+_SCHEDULE, _TIMETABLE = "plan/test_mix_schedule.py", "plan/test_timetable.py"
+_ONLINE, _ONLINE_RUN = "plan/test_online.py", "train/test_online_mixing.py"
+_EXPORT = "plan/test_export.py"
+
+
+def first_of_the_file_for_a_sample(right: Function) -> Function:
+    def replacement(lengths: Any, *, num: int, **more: Any) -> Any:
+        chosen = right(lengths, num=num, **more)
+        return dataclasses.replace(chosen, index=np.arange(len(chosen))) if len(chosen) < len(lengths) else chosen
+
+    return replacement
+
+
+def sample_said_to_be_plain(right: Function) -> Function:
+    """Leaves out that a block drawn in good part has little left to vary."""
+
+    def replacement(chosen: Any, measures: Any) -> Any:
+        found = right(chosen, measures)
+        factor = chosen.size.mean() / max(chosen.size.mean() - 2, 0.5)
+        return dataclasses.replace(found, covariance=found.covariance * factor)
+
+    return replacement
+
+
+def visits_needed_as_planned(_: Function) -> Function:
+    return lambda strata: {line["name"]: line["visits_per_record"] for line in strata}
+
+
+def one_promise_for_all_units(right: Function) -> Function:
+    def replacement(facts: Any) -> Any:
+        shares = {line["task"]: line["promised_share"] for line in facts["mixture"]}
+        return [{**line, "promised": shares[line["task"]]} for line in right(facts)]
+
+    return replacement
+
+
+def dropped_records_previewed(_: Function) -> Function:
+    return lambda source, done, *, num_records: np.ones(num_records, bool)
+
+
 MUTANTS: list[Mutant] = [
     Mutant(
         "remainder to the largest",
-        "tutelage.plan.rates:_settle",
+        "tutelage.plan.pour:round_to_total",
         remainder_to_the_largest,
         (f"{_RATES}::test_counts_are_the_largest_remainder_method",),
     ),
     Mutant(
         "int(total * w) truncation",
-        "tutelage.plan.rates:_settle",
+        "tutelage.plan.pour:round_to_total",
         int_truncation,
         (f"{_RATES}::test_counts_sum_to_the_total_exactly",),
     ),
     Mutant(
         "cap ignored on refill",
-        "tutelage.plan.rates:_settle",
+        "tutelage.plan.pour:Vessel.take",
         cap_ignored_on_refill,
         (f"{_RATES}::test_no_count_is_above_its_cap",),
     ),
     Mutant(
         "refill poured once",
-        "tutelage.plan.rates:_fill",
+        "tutelage.plan.pour:Vessel.level",
         refill_once,
         (f"{_RATES}::test_the_books_example_stops_at_11500_and_reaches_15000_with_refill",),
+    ),
+    Mutant(
+        "cap per pass",
+        "tutelage.plan.budget:bounds_of",
+        cap_per_pass,
+        (f"{_RATES}::test_a_budget_that_the_caps_cannot_reach_names_the_largest_that_they_can",),
+    ),
+    Mutant(
+        "a group's freed budget to everybody",
+        "tutelage.plan.rates:_vessel",
+        freed_to_everybody,
+        (f"{_POUR}::test_what_a_cap_frees_goes_to_its_own_group_first",),
+    ),
+    Mutant(
+        "remainders over all groups",
+        "tutelage.plan.pour:settle",
+        remainders_over_all_groups,
+        (f"{_POUR}::test_remainders_are_settled_group_by_group",),
+    ),
+    Mutant(
+        "K after the temperature",
+        "tutelage.plan.rules:_weights",
+        cap_after_temperature,
+        ("plan/test_rate_kinds.py::test_the_cap_k_comes_before_the_temperature",),
+    ),
+    Mutant(
+        "steps by token count",
+        "tutelage.plan.steps:examples_filling",
+        steps_by_token_count,
+        ("plan/test_steps.py::test_packed_steps_are_just_so_many_and_full",),
     ),
     Mutant(
         "sampling with replacement",
@@ -419,6 +734,48 @@ MUTANTS: list[Mutant] = [
         "tutelage.plan.order:Order.window",
         resume_that_restarts,
         (f"{_ORDER}::test_any_window_equals_that_stretch_of_the_whole",),
+    ),
+    Mutant(
+        "schedule read at the start of a stretch",
+        "tutelage.plan.schedule:_mean_progress",
+        schedule_read_at_the_start_of_a_stretch,
+        (f"{_SCHEDULE}::test_interpolation_worked_by_hand",),
+    ),
+    Mutant(
+        "caps per stage",
+        "tutelage.plan.timetable:fit_amounts",
+        caps_per_stage,
+        (f"{_SCHEDULE}::test_a_cap_leaves_stages_as_long_as_they_were_promised",),
+    ),
+    Mutant(
+        "passes restarted at a stage",
+        "tutelage.plan.order:Order._interleave",
+        passes_restarted_at_a_stage,
+        (f"{_SCHEDULE}::test_a_scheduled_order_keeps_passes_and_shows_any_window",),
+    ),
+    Mutant(
+        "largest remainder at each border",
+        "tutelage.plan.timetable:round_curve",
+        largest_remainder_at_each_border,
+        (f"{_TIMETABLE}::test_units_go_to_the_earliest_deadline_and_not_to_the_largest_remainder",),
+    ),
+    Mutant(
+        "stages shuffled into one another",
+        "tutelage.plan.assemble:_cuts",
+        stages_shuffled_into_one_another,
+        (f"{_SCHEDULE}::test_a_gradual_change_is_followed_inside_a_hundred_steps",),
+    ),
+    Mutant(
+        "online shares against the losses",
+        "tutelage.plan.online:OnlineMixer._shares",
+        online_shares_against_the_losses,
+        (f"{_ONLINE}::test_shares_worked_by_hand",),
+    ),
+    Mutant(
+        "online mixture forgotten on resume",
+        "tutelage.plan.online_batches:OnlineBatches.restore",
+        online_mixture_forgotten_on_resume,
+        (f"{_ONLINE_RUN}::test_a_killed_run_ends_as_if_it_had_not_been",),
     ),
     Mutant(
         "polarity flipped",
@@ -463,6 +820,36 @@ MUTANTS: list[Mutant] = [
         (f"{_WEIGHTS}::test_turns_last_silences_earlier_answers_and_no_prompt",),
     ),
     Mutant(
+        "normalised after the source weights",
+        "tutelage.plan.normalise:ExampleWeights.settle",
+        normalised_after_source_weights,
+        (f"{_NORMALISE}::test_source_and_record_weights_come_after_normalising",),
+    ),
+    Mutant(
+        "examples normalised per packed row",
+        "tutelage.plan.batch:Batches._assemble",
+        examples_normalised_per_row,
+        (f"{_NORMALISE}::test_what_is_the_same_is_the_same_over_the_whole_run",),
+    ),
+    Mutant(
+        "tasks normalised per step",
+        "tutelage.plan.batch:Batches._assemble",
+        tasks_normalised_per_step,
+        (f"{_NORMALISE}::test_a_task_weighs_the_same_in_every_step",),
+    ),
+    Mutant(
+        "first tokens tallied as targets",
+        "tutelage.plan.tally:_runs",
+        first_tokens_tallied,
+        ("plan/test_tally.py::test_a_rule_over_the_tally_is_the_rule_over_the_tokens",),
+    ),
+    Mutant(
+        "record weights by place",
+        "tutelage.plan.join:_examples",
+        record_weights_by_place,
+        ("plan/test_weights_stage.py::test_record_weights_multiply_their_records_only",),
+    ),
+    Mutant(
         "shift after packing",
         "tutelage.plan.weights:shift_targets",
         shift_after_packing,
@@ -499,6 +886,48 @@ MUTANTS: list[Mutant] = [
         (f"{_WINDOWS}::test_an_awkward_document_does_not_wait_for_ever",),
     ),
     Mutant(
+        "documents split at borders",
+        "tutelage.plan.fit:pack_onto",
+        documents_split_at_borders,
+        ("plan/test_fit.py::test_every_document_lies_whole_in_one_row_and_none_overlap",),
+    ),
+    Mutant(
+        "limit of documents ignored",
+        "tutelage.plan.fit:pack_onto",
+        document_limit_ignored,
+        ("plan/test_fit.py::test_every_document_lies_whole_in_one_row_and_none_overlap",),
+    ),
+    Mutant(
+        "waiting rows left half empty",
+        "tutelage.plan.fit:pack_onto",
+        waiting_rows_left_half_empty,
+        (f"{_WINDOWS}::test_rows_that_wait_are_filled_up",),
+    ),
+    Mutant(
+        "waiting documents forgotten",
+        "tutelage.plan.windows:_still_waiting",
+        waiting_documents_forgotten,
+        (f"{_WINDOWS}::test_every_draw_has_its_own_slots_inside_a_row_of_its_step",),
+    ),
+    Mutant(
+        "one window for the whole run",
+        "tutelage.plan.windows:cut_windows",
+        one_window_for_the_whole_run,
+        (f"{_WINDOWS}::test_no_document_comes_many_windows_after_a_younger_one",),
+    ),
+    Mutant(
+        "rows dealt to ranks in order",
+        "tutelage.plan.ranks:_micro_batches",
+        rows_dealt_in_order,
+        ("plan/test_ranks.py::test_rows_of_long_documents_are_spread_though_all_rows_are_full",),
+    ),
+    Mutant(
+        "rows balanced by tokens",
+        "tutelage.plan.ranks:document_cost",
+        rows_balanced_by_tokens,
+        ("plan/test_ranks.py::test_attention_is_half_of_the_cost_at_six_widths",),
+    ),
+    Mutant(
         "rows not shuffled",
         "tutelage.plan.windows:_shuffle",
         rows_not_shuffled,
@@ -506,7 +935,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "verdict polarity flipped",
-        "tutelage.plan.stage:_drops",
+        "tutelage.plan.join:_drops",
         verdict_polarity_flipped,
         ("plan/test_plan_stage.py::test_every_record_is_planned_or_has_one_reason",),
     ),
@@ -599,6 +1028,60 @@ MUTANTS: list[Mutant] = [
         "tutelage.audit.stage:_Audit._without_weight",
         zero_weights_overlooked,
         (f"{_AUDIT}::test_every_planted_fault_is_found_in_its_records_and_in_no_others",),
+    ),
+    Mutant(
+        "labels as targets",
+        "tutelage.plan.trainers:labels_of",
+        labels_as_targets,
+        (f"{_EXPORT}::test_rows_for_trl_written_by_hand",),
+    ),
+    Mutant(
+        "weights rounded to labels",
+        "tutelage.plan.export:_OneWeight.check",
+        weights_rounded_to_labels,
+        (f"{_EXPORT}::test_a_fraction_in_the_last_step_is_found_too",),
+    ),
+    Mutant(
+        "steps cut elsewhere",
+        "tutelage.plan.export:_EqualRows.check",
+        steps_cut_elsewhere,
+        (f"{_EXPORT}::test_steps_of_unequal_rows_are_refused_but_not_for_weights",),
+    ),
+    Mutant(
+        "existing folder wiped",
+        "tutelage.plan.row_folder:check_folder",
+        existing_folder_wiped,
+        (f"{_EXPORT}::test_an_existing_folder_is_left_alone_until_asked_and_foreign_ones_always",),
+    ),
+    Mutant(
+        "preview samples the first records",
+        "tutelage.plan.sample:choose",
+        first_of_the_file_for_a_sample,
+        ("plan/test_sample.py::test_another_seed_or_name_draws_others_and_the_same_draws_the_same",),
+    ),
+    Mutant(
+        "preview error without what was drawn",
+        "tutelage.plan.sample:estimate_totals",
+        sample_said_to_be_plain,
+        ("plan/test_sample.py::test_the_stated_variance_is_the_real_one_on_average",),
+    ),
+    Mutant(
+        "preview of dropped records",
+        "tutelage.planning:_is_eligible",
+        dropped_records_previewed,
+        ("test_planning.py::test_a_preview_of_everything_is_the_plan",),
+    ),
+    Mutant(
+        "visits needed as planned",
+        "tutelage.plan.pictures:visits_needed",
+        visits_needed_as_planned,
+        ("plan/test_pictures.py::test_visits_needed_are_those_before_caps",),
+    ),
+    Mutant(
+        "one promise for all units",
+        "tutelage.report.plan_tables:promises",
+        one_promise_for_all_units,
+        ("report/test_plan_tables.py::test_a_share_of_tokens_is_carried_into_the_other_units_by_mean_lengths",),
     ),
 ]
 

@@ -70,6 +70,8 @@ def test_a_mistake_exits_with_2_one_line_each_and_runs_nothing(tmp_path: Path) -
         ("run", "none.yaml"),
         ("run", "small.yaml", "--until", "lunch"),
         ("look", "small.yaml", "-q", "--task", "sum"),
+        ("plan", "small.yaml", "-q", "--sample", "50"),
+        ("plan", "small.yaml", "-q", "--html", "nowhere/plan.html"),
         ("chat", "nowhere"),
         ("new",),
     ],
@@ -110,6 +112,34 @@ def test_look_says_what_became_of_a_row(done: tuple[Path, subprocess.CompletedPr
     """Kills an unknown row that ends in a traceback or in silence."""
     run = tutelage(done[0], "look", "small.yaml", "-q", "--row", "hidden.jsonl:1")
     assert run.returncode == 2 and "held_out" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_plan_prints_promises_and_writes_a_page(done: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    """Kills: a plan whose text leaves out what its page shows, a page that is not said, a --json that is not JSON."""
+    folder, _ = done
+    printed = tutelage(folder, "plan", "small.yaml", "-q", "--html", "plan.html")
+    assert printed.returncode == 0, printed.stderr
+    for said in ("Promised and realised", "What is learned of each task", "coverage: 2 tasks of 10 wanted", "plan.html: "):
+        assert said in printed.stdout
+    told = json.loads(tutelage(folder, "plan", "small.yaml", "-q", "--html", "plan.html", "--json").stdout)
+    assert told["size_bytes"] == (folder / "plan.html").stat().st_size
+    assert {row["task"] for row in told["promised_and_realised"]} == {"sums", "words"}
+    assert not told["estimate"] and told["files"] == []
+
+
+def test_a_preview_says_that_it_is_one(tmp_path: Path) -> None:
+    """Kills: a preview that renders everything, fills the run folder, or prints its numbers as exact ones."""
+    write_small(tmp_path, num_records=120)
+    shown = tutelage(tmp_path, "plan", "small.yaml", "-q", "--preview", "--sample", "40")
+    assert shown.returncode == 0, shown.stderr
+    assert (
+        "estimated from 8" in shown.stdout
+        and "steps" in shown.stdout
+        and "Mixture as planned, by task (estimated" in shown.stdout
+    )
+    assert not (tmp_path / "runs").exists() and not (tmp_path / ".tutelage" / "render").exists()
+    told = json.loads(tutelage(tmp_path, "plan", "small.yaml", "-q", "--preview", "--sample", "40", "--json").stdout)
+    assert told["estimate"]["tasks"]["sums"]["tokens"]["low"] < told["estimate"]["tasks"]["sums"]["tokens"]["high"]
 
 
 def test_chat_answers_one_message_and_a_loop(done: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

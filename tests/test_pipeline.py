@@ -100,7 +100,7 @@ def test_one_changed_byte_re_does_only_its_source_and_what_joins_sources(whole: 
     data.write_bytes(data.read_bytes().replace(b"Add ", b"add ", 1))
     again = missed(folder)
     assert again == {
-        "read sums", "rewrite sums", "screen sums", "render sums", "rerender sums",
+        "read sums", "rewrite sums", "screen sums", "render sums", "rerender sums", "tally sums", "retally sums",
         "split", "copies", "plan", "audit", "held_out", "measure before", "train", "measure after", "report",
     }  # fmt: skip
 

@@ -66,7 +66,7 @@ def test_generated_pages_are_up_to_date() -> None:
 def test_every_verb_of_the_command_line_is_in_the_readme() -> None:
     """Kills a verb nobody can find."""
     text = (ROOT / "README.md").read_text()
-    for verb in ("new", "check", "explain", "look", "run", "plan", "train", "eval", "report", "chat", "gc"):
+    for verb in ("new", "check", "explain", "look", "run", "plan", "export", "train", "eval", "report", "chat", "gc"):
         assert f"tutelage {verb}" in text, verb
 
 

@@ -129,6 +129,39 @@ def test_tasks_that_no_source_has_are_mistakes(folder: Path) -> None:
     assert "`maths`" in message
 
 
+@pytest.mark.parametrize(
+    ("mix", "path", "message"),
+    [
+        ("rates: {counts: {math: 5}}", "mix.rates.counts.math", "did you mean `maths`"),
+        ("max_visits: {default: 3, math: 5}", "mix.max_visits.math", "did you mean `maths`"),
+        ("min_examples: {math: 5}", "mix.min_examples.math", "did you mean `maths`"),
+        ("over: sources, rates: {kind: explicit, weights: {adding: 1}}", "mix.rates.weights.adding", "no such source"),
+        ("rates: {kind: groups, rest: drop, groups: {one: {members: [math]}}}", "mix.rates.groups.one.members.0", "did you mean"),
+        ("rates: {kind: groups, groups: {one: {members: [maths]}}}", "mix.rates.groups", "in no group: adding"),
+        ("rates: {groups: {one: {members: [maths], rates: {counts: {maths: 3}}}}}", "mix.rates.groups.one.rates", "not one of"),
+        ("max_visits: 0", "mix.max_visits", "at least 1 is wanted"),
+        ("rates: unimax, refill: none", "mix", "`unimax` refills by definition"),
+        ("rates: {counts: {maths: 3}}, epochs: 2", "mix", "one budget only, found `rates` of kind `counts` and `epochs`"),
+    ],
+)
+def test_mistakes_in_a_mixture_are_told_before_anything_runs(folder: Path, mix: str, path: str, message: str) -> None:
+    """Kills names that are first looked up after an hour of rendering, and a message without its place."""
+    (folder / "r.yaml").write_text(GOOD.replace("mix: {rates: {kind: temperature, temperature: 3}}", f"mix: {{{mix}}}"))
+    sums = "  sums: {path: data.jsonl, task: adding, licence: MIT}\n"
+    (folder / "r.yaml").write_text((folder / "r.yaml").read_text().replace("sources:\n", f"sources:\n{sums}"))
+    found = problems(folder / "r.yaml")
+    assert found[0][:2] == ("r.yaml:5", path)
+    assert message in found[0][2]
+
+
+def test_groups_are_written_short(folder: Path) -> None:
+    """Kills a short form that takes the names of groups for fields."""
+    (folder / "r.yaml").write_text(GOOD)
+    groups = "{groups: {one: {weight: 1.5, members: [maths]}}}"
+    rates = load_recipe(folder / "r.yaml", overrides=[f"mix.rates={groups}"]).recipe.mix.rates
+    assert (rates.kind, rates.groups["one"].weight, rates.groups["one"].members) == ("groups", 1.5, ("maths",))
+
+
 def test_the_demonstration_recipe_resolves_to_an_equal_recipe(tmp_path: Path) -> None:
     """Kills a resolved recipe that loses or changes a value on its way through text."""
     demo = Path(__file__).parents[1] / "recipes" / "first.yaml"

@@ -5,6 +5,7 @@ The public functions are imported on first use, so that `import tutelage` costs 
     load_recipe, run, explain                   one recipe, from raw data to a report
     compute_rates, make_plan, pack_lengths      mixtures and packing on plain lists
     weigh_tokens, Batches                       loss weights and batches for any trainer
+    export_plan                                 packed rows as a folder that TRL, axolotl or a Trainer trains on
     render_conversations                        conversations to token ids and kinds
     weighted_loss, evaluate_model               exact loss of a model
 """
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from tutelage.pipeline import explain, run
     from tutelage.plan.assemble import make_plan
     from tutelage.plan.batch import Batches
+    from tutelage.plan.export import export_plan
     from tutelage.plan.fit import pack_lengths
     from tutelage.plan.rates import compute_rates
     from tutelage.plan.weights import weigh_tokens
@@ -33,6 +35,7 @@ _HOME = {
     "compute_rates": "plan.rates",
     "evaluate_model": "evaluate.measure",
     "explain": "pipeline",
+    "export_plan": "plan.export",
     "load_recipe": "recipe",
     "make_plan": "plan.assemble",
     "pack_lengths": "plan.fit",
@@ -47,6 +50,7 @@ __all__ = [
     "compute_rates",
     "evaluate_model",
     "explain",
+    "export_plan",
     "load_recipe",
     "make_plan",
     "pack_lengths",

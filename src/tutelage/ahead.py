@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import selectors
@@ -94,6 +95,8 @@ def do_ahead(jobs: Sequence[Job], *, processes: int, progress: Progress, meanwhi
 
 _TICKET = 2
 """Bytes of a job's number."""
+_COLLECT_AFTER = 50_000
+"""New objects between two looks for garbage: records come and go by tens of thousands, and hardly any is in a cycle."""
 
 
 def _listen(child: _Child, progress: Progress) -> bool:
@@ -123,6 +126,8 @@ def _fork(jobs: Sequence[Job], tickets: int) -> _Child:
     try:
         os.close(here)
         _die_with(parent)
+        gc.freeze()  # what the parent made is not looked through again and again
+        gc.set_threshold(_COLLECT_AFTER)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are the parent's
         while ticket := os.read(tickets, _TICKET):
             with contextlib.suppress(Exception):  # the parent meets it again when it does the work itself

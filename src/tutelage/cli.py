@@ -227,6 +227,46 @@ def run(
     _run_and_show(recipe, overrides, until=until, store=store, runs=runs, as_json=as_json, quiet=quiet)
 
 
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: SetOption = [],
+    preview: Annotated[bool, typer.Option("--preview", help="Estimate from a sample; its error is stated.")] = False,
+    sample: Annotated[int | None, typer.Option(help="Records per source that a preview renders (2,000).", metavar="N")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with pictures too.", metavar="FILE")] = None,
+    store: StoreOption = _STORE,
+    runs: RunsOption = _RUNS,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Print the mixture, the steps and the packing before anything is trained; with --html, a page with pictures."""
+    from tutelage import planning
+    from tutelage.report import screen, summary
+    from tutelage.report.plan_summary import PlanSummary
+
+    if sample is not None and not preview:
+        raise TutelageError("--sample: goes with --preview; a plan without it is exact")
+    if html is not None:
+        planning.check_page(html)
+    if preview:
+        file = _load(recipe, overrides)
+        with _progress(quiet) as progress:
+            view = planning.preview(file, num=sample or planning.NUM_SAMPLED, store=store, progress=progress)
+        shown = PlanSummary(view)
+    else:
+        file, done = _run(recipe, overrides, until="plan", store=store, runs=runs, quiet=quiet)
+        view = planning.exact_view(file, done)
+        shown = PlanSummary(view, summary.run_summary(done.artefacts, folder=done.folder))
+    page = planning.write_page(view, file, html) if html is not None else None
+    if as_json:
+        _print_json({**shown.as_json(), **({} if page is None else page)})
+        return
+    for table in shown.tables():
+        screen.print_table(table)
+    for line in [*shown.lines(), *([] if page is None else [planning.page_line(page)])]:
+        sys.stdout.write(line + "\n")
+
+
 def _verb(until: str, summary: str) -> Callable[..., None]:
     def command(
         recipe: RecipeArgument,
@@ -242,7 +282,6 @@ def _verb(until: str, summary: str) -> Callable[..., None]:
     return command
 
 
-app.command("plan")(_verb("plan", "Print the mixture, the steps and the packing before anything is trained."))
 app.command("train")(_verb("train", "Run up to the tuned model."))
 app.command("eval")(_verb("eval", "Run up to held-out loss before and after, and generations."))
 app.command("report")(_verb("report", "Run up to the HTML report."))
@@ -259,6 +298,33 @@ def _run_and_show(recipe: Path, overrides: list[str], *, until: str, store: Path
     for table in facts.tables():
         screen.print_table(table)
     for line in facts.lines():
+        sys.stdout.write(line + "\n")
+
+
+@app.command()
+def export(
+    recipe: RecipeArgument,
+    folder: Annotated[Path, typer.Argument(help="The folder to write.", metavar="FOLDER", show_default=False)],
+    to: Annotated[str, typer.Option(help="Who trains: trl, axolotl, transformers; or weights, for a loop of your own.")] = "trl",
+    file_format: Annotated[str, typer.Option("--format", help="A `datasets` folder, or plain `parquet`.")] = "datasets",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in the same folder.")] = False,
+    overrides: SetOption = [],
+    store: StoreOption = _STORE,
+    runs: RunsOption = _RUNS,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write the packed rows of the plan for another trainer, and say how to train on them exactly as planned."""
+    from tutelage import exporting
+
+    wanted = exporting.wanted(to=to, file_format=file_format, overwrite=overwrite)
+    file = _load(recipe, overrides)
+    with _progress(quiet) as progress:
+        made = exporting.export_recipe(file, folder, wanted, store=store, runs=runs, progress=progress)
+    if as_json:
+        _print_json(made.as_json())
+        return
+    for line in made.lines():
         sys.stdout.write(line + "\n")
 
 

@@ -2,7 +2,7 @@ r"""The stages in order: what a recipe means as boxes, running them, and explain
 
     read -> rewrite -> screen --\
       \-> split -----------------> copies --\
-      \-> render (+ rerender) --------------> plan -> audit -> train -> after --> report
+      \-> render (+ rerender) -> tally -----> plan -> audit -> train -> after --> report
                                \------------> held_out -> before --------/
 """
 
@@ -14,7 +14,7 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,8 @@ from tutelage.evaluate.stage import (
 )
 from tutelage.model.stage import model_stage, tokenizer_stage
 from tutelage.plan.batch import Batches
+from tutelage.plan.online_batches import OnlineBatches
+from tutelage.plan.pictures import picture_data
 from tutelage.plan.spec import KindWeights, LossRule
 from tutelage.plan.stage import PlanInputs, plan_stage
 from tutelage.plan.weights import kind_table, weigh_tokens
@@ -153,7 +155,8 @@ def build_pipeline(file: RecipeFile, *, store: Store) -> Pipeline:
     for stage in [*renders.values(), *rerenders.values()]:
         add(stage)
     _add_training(recipe, _Groups(reads, renders, rerenders, screens, copies, split, model, tokenizer), add)
-    more: dict[str, Any] = {"name": recipe.name, "spec": recipe.report, "model": recipe.model.name, "audited": _audited(recipe)}
+    more: dict[str, Any] = {"name": recipe.name, "spec": recipe.report, "model": recipe.model.name}
+    more["told"] = {"audit": _audited(recipe), "plan": lambda plan: picture_data(plan.facts["strata"], recipe.mix)}
     add(report_stage(dict(boxes), recipe=resolved_text(file), weigh=weigher(recipe.loss), **more))
     return Pipeline(file, store, boxes)
 
@@ -177,14 +180,19 @@ class _Groups:
 
 def _add_training(recipe: Recipe, groups: _Groups, add: Callable[[Stage], Stage]) -> None:
     """Plan, held-out set, the measure before, training, the measure after."""
+    weighted = {name: groups.reads[name] for name, source in recipe.sources.items() if source.weight_field is not None}
+    inputs = PlanInputs(groups.renders, groups.rerenders, groups.screens, groups.copies, groups.split, weighted)
+    for tally in inputs.tallies.values():
+        add(tally)
     plan = add(
         plan_stage(
-            PlanInputs(groups.renders, groups.rerenders, groups.screens, groups.copies, groups.split),
+            inputs,
             mix=recipe.mix,
             loss=recipe.loss,
             batch=recipe.batch,
             max_tokens=recipe.render.max_tokens,
             source_weights={name: source.weight for name, source in recipe.sources.items()},
+            source_tasks={name: s.task or name for name, s in recipe.sources.items() if s.task_column is None},
         )
     )
     if recipe.audit.enabled:
@@ -236,7 +244,8 @@ def _measure(artefacts: Mapping[str, Artefact], spec: EvaluateSpec) -> Callable[
 
 
 def _batches(artefacts: Mapping[str, Artefact]) -> Sequence[Batch]:
-    return Batches(artefacts["plan"].path, open_shards(artefacts))
+    opened = OnlineBatches if "online" in artefacts["plan"].facts else Batches
+    return opened(artefacts["plan"].path, open_shards(artefacts))
 
 
 def _render_boxes(
@@ -278,14 +287,21 @@ def run(
         artefacts: dict[str, Artefact] = {}
         folder = Path(runs) / file.recipe.name
         labels = pipeline.needed(until)
-        fresh = _build_sources_ahead(pipeline, labels, progress)
-        for label in labels:
-            artefact = _produce(pipeline, label, artefacts, progress, is_fresh=label in fresh)
+        for label, artefact in produced(pipeline, labels, progress):
             artefacts[label] = artefact
             if gate and label == "audit":
                 check_audit(artefacts[label], file.recipe.audit)
         _publish(pipeline, artefacts, folder)
     return Run(folder, artefacts)
+
+
+def produced(pipeline: Pipeline, labels: Sequence[str], progress: Progress) -> Iterator[tuple[str, Artefact]]:
+    """The artefacts of these boxes, upstream first, each built when it is not in the store; `labels` as `needed` gives them."""
+    artefacts: dict[str, Artefact] = {}
+    fresh = _build_sources_ahead(pipeline, labels, progress)
+    for label in labels:
+        artefacts[label] = _produce(pipeline, label, artefacts, progress, is_fresh=label in fresh)
+        yield label, artefacts[label]
 
 
 def audit(
@@ -302,7 +318,7 @@ def audit(
     return read_audit(done.artefacts["audit"], file.recipe.audit)
 
 
-BEFORE_RENDERING, RENDERING = ("read", "rewrite", "screen"), ("render", "rerender")
+BEFORE_RENDERING, RENDERING = ("read", "rewrite", "screen"), ("render", "rerender", "tally", "retally")
 OF_SOURCES = (*BEFORE_RENDERING, *RENDERING)
 """Stages that each source has for itself. The tokenizer is opened while those before rendering are done."""
 WORTH_PROCESSES = 16_000_000
@@ -435,6 +451,7 @@ _PUBLISHED = (
     ("train", "model", "model"),
     ("train", "steps.parquet", "steps.parquet"),
     ("train", "events.jsonl", "events.jsonl"),
+    ("train", "mixture.jsonl", "mixture.jsonl"),
     ("train", "evals.parquet", "evals.parquet"),
     ("train", "samples.parquet", "samples.parquet"),
     ("report", "report.html", "report.html"),

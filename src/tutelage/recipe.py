@@ -31,7 +31,8 @@ from tutelage.spec import Spec, kind_first
 from tutelage.train.spec import TrainSpec
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-BY_KIND_PATHS = (("mix", "rates"), ("loss",), ("train", "schedule"), ("model", "adapter"))
+_SCHEDULED_RATES = tuple(("mix", "schedule", name) for name in ("from", "to", "rates"))
+BY_KIND_PATHS = (("mix", "rates"), ("mix", "schedule"), *_SCHEDULED_RATES, ("loss",), ("train", "schedule"), ("model", "adapter"))
 
 
 class Recipe(Spec):
@@ -257,7 +258,9 @@ def _default_kind(path: strict_yaml.Path, key: str | int) -> dict[str, Any]:
     """`{"kind": ...}` of the default at a by-kind path when that kind has such a key, else nothing."""
     section: Any = Recipe.model_construct(name="", sources={})
     for step in path:
-        section = getattr(section, str(step))
+        section = getattr(section, str(step), None)
+    if section is None:
+        return {}
     return {"kind": section.kind} if key in type(section).model_fields else {}
 
 

@@ -119,7 +119,7 @@ def _known_keys(model: Any, loc: Sequence[str | int]) -> list[str]:
     for step in loc:
         current = _descend(current, step)
     members = [m for m in _members(current) if isinstance(m, type) and issubclass(m, Spec)]
-    return sorted({name for member in members for name in member.model_fields})
+    return sorted({info.alias or name for member in members for name, info in member.model_fields.items()})
 
 
 def _members(annotation: Any) -> list[Any]:
@@ -140,8 +140,9 @@ def _descend(annotation: Any, step: str | int) -> Any:
         if origin is tuple and isinstance(step, int):
             return get_args(member)[0]
         if isinstance(member, type) and issubclass(member, Spec):
-            if step in member.model_fields:
-                return member.model_fields[str(step)].annotation
+            by_key = {info.alias or name: info for name, info in member.model_fields.items()}
+            if step in by_key:
+                return by_key[str(step)].annotation
             kind = member.model_fields.get("kind")
             if kind is not None and kind.default == step:
                 return member

@@ -29,6 +29,9 @@ class Spec(BaseModel):
         return self.model_dump(mode="json")
 
 
+_OWN_FIELD = ("weights", "counts", "groups")  # kinds whose one required field is a mapping with the kind's own name
+
+
 def kind_first(value: Any) -> Any:
     """`"x"`, `{"x": {...}}` and `{"x": 3}` written out as `{"kind": "x", ...}`; anything else untouched.
 
@@ -36,6 +39,8 @@ def kind_first(value: Any) -> Any:
     ({'kind': 'equal'}, {'kind': 'length', 'max': 3}, {'kind': 'temperature', 'temperature': 2})
     >>> kind_first({"weights": {"assistant": 1}})
     {'kind': 'weights', 'weights': {'assistant': 1}}
+    >>> kind_first({"counts": {"qa": 500}})
+    {'kind': 'counts', 'counts': {'qa': 500}}
     """
     if isinstance(value, str):
         return {"kind": value}
@@ -44,7 +49,7 @@ def kind_first(value: Any) -> Any:
         match body:
             case None:
                 return {"kind": kind}
-            case dict() if kind != "weights":
+            case dict() if kind not in _OWN_FIELD:
                 return {"kind": kind, **body}
             case _:  # the one field of this kind has the kind's own name
                 return {"kind": kind, kind: body}

@@ -196,8 +196,14 @@ STEPS = pa.schema(
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Writes Parquet with zstd."""
-    pq.write_table(table, path, compression="zstd", compression_level=1)
+    """Writes Parquet with zstd. Whole numbers of flat tables are kept as differences: half the time, and less on disk."""
+    kinds = {field.name: field.type for field in table.schema}
+    how: dict[str, Any] = {}
+    if not any(pa.types.is_nested(kind) for kind in kinds.values()):
+        whole = [name for name, kind in kinds.items() if kind in (pa.int32(), pa.int64())]
+        how["use_dictionary"] = [name for name in kinds if name not in whole] or False
+        how["column_encoding"] = dict.fromkeys(whole, "DELTA_BINARY_PACKED") or None
+    pq.write_table(table, path, compression="zstd", compression_level=1, **how)
 
 
 def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
@@ -533,12 +539,15 @@ class RenderedSet:
     @cached_property
     def offsets(self) -> Int64:
         """First token of every example, and the total."""
-        return _offsets(self.examples["num_tokens"])
+        return _offsets(self._column("num_tokens"))
 
     @cached_property
     def turn_offsets(self) -> Int64:
         """First turn of every example, and the total."""
-        return _offsets(self.examples["num_turns"])
+        return _offsets(self._column("num_turns"))
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        return pq.read_table(self.folder / "examples.parquet", columns=[name])[name]
 
     @staticmethod
     def write(folder: Path, examples: pa.Table, rendered: Sequence[Rendered]) -> None:
@@ -548,6 +557,10 @@ class RenderedSet:
             parts = [getattr(r, name) for r in rendered]
             np.save(folder / f"{name}.npy", np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype))
         write_table(folder / "examples.parquet", examples.cast(EXAMPLES))
+
+
+_GROUP_ROWS = 1 << 16
+"""Examples per row group: few groups are read many times as fast as many."""
 
 
 class RenderedWriter:
@@ -564,6 +577,7 @@ class RenderedWriter:
         for name, dtype in self._ARRAYS:
             self._write_header(name, dtype)
         self._examples = pq.ParquetWriter(folder / "examples.parquet", EXAMPLES, compression="zstd", compression_level=1)
+        self._waiting: list[pa.Table] = []
 
     def write(self, examples: pa.Table, rendered: Sequence[Rendered]) -> None:
         """Appends examples; `examples` has one line for each."""
@@ -577,10 +591,18 @@ class RenderedWriter:
             array = np.ascontiguousarray(arrays[name], dtype)
             self._files[name].write(array.data)
             self._lengths[name] += len(array)
-        self._examples.write_table(examples.cast(EXAMPLES))
+        self._waiting.append(examples.cast(EXAMPLES))
+        if sum(table.num_rows for table in self._waiting) >= _GROUP_ROWS:
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        if self._waiting:
+            self._examples.write_table(pa.concat_tables(self._waiting).unify_dictionaries().combine_chunks())
+            self._waiting.clear()
 
     def close(self) -> None:
         """Fills in the lengths."""
+        self._write_waiting()
         for name, dtype in self._ARRAYS:
             self._write_header(name, dtype)
             self._files[name].close()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tutelage.plan.assemble import Plan, make_plan
+from tutelage.plan.assemble import Plan, make_plan, step_facts
 from tutelage.plan.spec import BatchSpec, Equal, Explicit, MixSpec, Temperature
 
 BATCH = BatchSpec(slots_per_step=64, capacity=32)
@@ -114,3 +114,26 @@ def test_every_window_keeps_the_mixture() -> None:
 def test_the_default_batch_size_is_said() -> None:
     """Kills a default that nobody hears of."""
     assert make_plan(["a"], [10]).notes == ("no batch size given: 8 rows of 10 slots per step",)
+
+
+def test_step_facts_are_the_extremes_of_the_steps() -> None:
+    """Kills means in place of medians, and padding counted against the whole run."""
+    plan = make_plan(
+        ["a"] * 5, [30, 30, 30, 10, 8], weights=[5.0, 4.0, 3.0, 2.0, 1.0], batch=BatchSpec(slots_per_step=32, capacity=32)
+    )
+    found = step_facts(plan.steps)
+    assert found["examples"] == {"least": 1, "median": 1, "most": 2}
+    assert found["real_tokens"] == {"least": 18, "median": 30, "most": 30}
+    assert found["weight"] == {"least": 3, "median": 3.5, "most": 5}
+    assert found["padding_share"] == {"least": 2 / 32, "median": 2 / 32, "most": 14 / 32}
+
+
+def test_a_limit_of_documents_holds_in_the_plan_and_is_refused_without_packing() -> None:
+    """Kills an option that is read and not used, or used where it means nothing."""
+    plan = make_plan(
+        ["a"] * 40, [4] * 40, mix=MixSpec(epochs=2.0), batch=BatchSpec(slots_per_step=64, capacity=32, max_documents_per_row=3)
+    )
+    assert np.bincount(plan.placements.row).max() == 3
+    assert len(plan.placements.row) == 80
+    with pytest.raises(ValueError, match="with `pack: none` a row has one document: leave it out"):
+        BatchSpec(pack="none", max_documents_per_row=3)

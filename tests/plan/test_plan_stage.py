@@ -124,7 +124,7 @@ def stage_of(
 
 
 def produced(stage: Stage, store: Store) -> Artefact:
-    return store.produce(stage, {name: store.produce(upstream, {}) for name, upstream in stage.inputs.items()})
+    return store.produce(stage, {name: produced(upstream, store) for name, upstream in stage.inputs.items()})
 
 
 def shards_of(inputs: PlanInputs, store: Store) -> Shards:

@@ -139,11 +139,14 @@ def examples(draw: st.DrawFn) -> Rendered:
 def test_many_documents_at_once_equal_each_alone(documents: list[Rendered], rule: LossRule, multiplier: float) -> None:
     """Kills offsets that are one off, and turns counted across documents."""
     tokens = InMemory(documents)
+    starts = {"offsets": tokens.offsets, "turn_offsets": tokens.turn_offsets}
+    flat = weigh_tokens(tokens.kinds, loss=rule, turns=tokens.turns, turn_weights=tokens.turn_weights, **starts)
     total, supervised = weigh_examples(tokens, loss=rule, multiplier=multiplier)
     for i, document in enumerate(documents):
-        weights = plainly(document, rule) * multiplier
-        _, targets, target_weights = shift_targets(document.ids, weights)
-        assert total[i] == pytest.approx(target_weights.sum())
+        weights = plainly(document, rule)
+        assert flat[tokens.offsets[i] : tokens.offsets[i + 1]].tolist() == weights.tolist()
+        _, targets, target_weights = shift_targets(document.ids, weights * np.float32(multiplier))
+        assert total[i] == pytest.approx(target_weights.sum(dtype=np.float64), rel=1e-12)
         assert supervised[i] == (target_weights > 0).sum()
         assert (target_weights[targets == NO_TARGET] == 0).all()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -161,9 +161,9 @@ def reference(kind: str, template: str, eos: str) -> PreTrainedTokenizerFast:
 @cache
 def opened(kind: str, template: str, eos: str) -> OpenTokenizer:
     """The same tokenizer as we open it, from files."""
-    folder = Path(mkdtemp(prefix="tutelage-tokenizer-"))
-    reference(kind, template, eos).save_pretrained(folder)
-    return open_tokenizer(folder)
+    with TemporaryDirectory(prefix="tutelage-tokenizer-") as folder:
+        reference(kind, template, eos).save_pretrained(folder)
+        return open_tokenizer(Path(folder))
 
 
 def talk(*turns: Turn | tuple[str, str], tools: str | None = None) -> Conversation:

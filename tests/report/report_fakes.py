@@ -6,6 +6,8 @@ import dataclasses
 import math
 import random
 
+from plan_fakes import fake_view, hostile_view
+
 from tutelage.records import Dropped, Sample
 from tutelage.report.data import (
     Account,
@@ -86,6 +88,7 @@ def fake_report(seed: int = 0) -> ReportData:
         audit=_audit("maths", "maths/data/maths.jsonl:17"),
         base_model="bundled:smollm2-135m",
         adapter="lora",
+        plan=fake_view(),
     )
 
 
@@ -114,6 +117,7 @@ def hostile_report() -> ReportData:
         licences={h: 1},
         audit=_audit(h, h),
         base_model=h,
+        plan=hostile_view(h),
     )
 
 

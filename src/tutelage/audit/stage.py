@@ -32,6 +32,7 @@ FACTS_FILE, FINDINGS_FILE = "audit.json", "findings.parquet"
 _SHARDS = ("render", "rerender")
 _QUANTILES, _NUM_BINS = (5, 25, 50, 75, 95), 20
 _NO_LOSS_WEIGHT, _OVERLONG = "no_loss_weight", "overlong"  # reasons of the plan and of rendering
+_RECORD_WEIGHT_0 = "the record's own weight is 0"  # the plan's word for a record that the data itself leaves out
 _FLAGS = {Flag.SYSTEM_HIDDEN: "hidden_system", Flag.TURN_HIDDEN: "hidden_turn", Flag.FORGED: "forged_text"}
 _WITH_TOKEN = ("wrong_stop", "forged_turn")
 
@@ -226,10 +227,12 @@ class _Audit:
         self.ledger.add("unfinished_answer", name, rows[is_cut], of=len(rows))
 
     def _without_weight(self, name: str) -> None:
-        """Records that the plan left out because no token of theirs would count."""
+        """Records that the plan left out because no token of theirs would count, though nobody gave them weight 0."""
         if name in self.undrawn and name not in self.rule.silent_sources:
             table = self.undrawn[name]
-            silent = table.filter(pc.equal(table["reason"].cast(pa.string()), _NO_LOSS_WEIGHT))["row"].to_numpy()
+            is_silent = pc.equal(table["reason"].cast(pa.string()), _NO_LOSS_WEIGHT)
+            is_silent = pc.and_(is_silent, pc.not_equal(table["detail"], _RECORD_WEIGHT_0))
+            silent = table.filter(is_silent)["row"].to_numpy()
             self.ledger.add("zero_weight", name, silent, of=len(self.rows[name]) + len(silent))
 
     def _losses(self, name: str) -> None:

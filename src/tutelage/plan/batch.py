@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from tutelage.plan.assemble import Placements, Plan, Steps
+from tutelage.plan.ranks import HIDDEN_SIZE, RankRows, share_rows
 from tutelage.plan.spec import LossRule, ResponseLoss
-from tutelage.plan.weights import Tokens, shift_targets, weigh_tokens
+from tutelage.plan.tally import Tokens
+from tutelage.plan.weights import shift_targets, weigh_tokens
 from tutelage.records import NO_TARGET, Batch, Document, Float32, Int32, Int64, Kind, Rendered
 from tutelage.tables import PLACEMENTS, PLAN_STEPS, PLANNED, Shards, read_table
 
@@ -118,16 +121,28 @@ class Batches(Sequence[Batch]):
 
     @classmethod
     def of(cls, plan: Plan, rendered: Sequence[Rendered], *, loss: LossRule | None = None) -> Batches:
-        """The batches of a plan that `make_plan` made of these examples; every weight of the rule counts once."""
+        """The batches of a plan that `make_plan` made of these examples, with the multipliers that it was given."""
         self = cls.__new__(cls)
         num = len(rendered)
         assert num == len(plan.num_visits), "one rendered example per example of the plan"
         task = np.zeros(num, np.int32)
         self._loss = loss or ResponseLoss()
         zeros = np.zeros(num, np.int32)
-        self._documents = Documents([InMemory(rendered)], zeros, np.arange(num), task, zeros, np.ones(num, np.float32))
+        multiplier = plan.multiplier.astype(np.float32)
+        self._documents = Documents([InMemory(rendered)], zeros, np.arange(num), task, zeros, multiplier)
         self._placements, self._steps = plan.placements, plan.steps
         return self
+
+    def placed(self, placements: Placements, steps: Steps) -> Batches:
+        """The same documents in other rows of other steps."""
+        other = copy.copy(self)
+        other._placements, other._steps = placements, steps
+        return other
+
+    @property
+    def documents(self) -> Documents:
+        """The examples that rows are made of."""
+        return self._documents
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -144,15 +159,25 @@ class Batches(Sequence[Batch]):
         if not -len(self) <= step < len(self):
             raise IndexError(f"step {step} of a plan of {len(self)} steps")
         step %= len(self)
-        first_row, num_rows = int(self._steps.first_row[step]), int(self._steps.num_rows[step])
-        first, last = np.searchsorted(self._placements.row, [first_row, first_row + num_rows])
-        placed = Placements(*(getattr(self._placements, name)[first:last] for name in _PLACEMENT_FIELDS))
-        batch = self._assemble(placed, step)
+        batch = self._assemble(self._placed(step), step)
         weight = float(batch.weights.sum(dtype=np.float64))
         assert np.isclose(weight, batch.total_weight, rtol=1e-9), (
             f"step {step}: weights sum to {weight}, the plan says {batch.total_weight}"
         )
         return batch
+
+    def share_rows(self, step: int, *, num_ranks: int, micro_batch_rows: int = 1, hidden_size: int = HIDDEN_SIZE) -> RankRows:
+        """Which rows of `batches[step]` each rank takes in each micro-batch, balanced by cost, as `ranks.share_rows` says."""
+        step = range(len(self))[step]
+        placed, num_rows = self._placed(step), int(self._steps.num_rows[step])
+        rows = placed.row - self._steps.first_row[step]
+        size = {"micro_batch_rows": micro_batch_rows, "hidden_size": hidden_size}
+        return share_rows(rows, placed.length, num_rows=num_rows, num_ranks=num_ranks, **size)
+
+    def _placed(self, step: int) -> Placements:
+        first_row, num_rows = int(self._steps.first_row[step]), int(self._steps.num_rows[step])
+        first, last = np.searchsorted(self._placements.row, [first_row, first_row + num_rows])
+        return Placements(*(getattr(self._placements, name)[first:last] for name in _PLACEMENT_FIELDS))
 
     def _assemble(self, placed: Placements, step: int) -> Batch:
         first_row, num_rows = int(self._steps.first_row[step]), int(self._steps.num_rows[step])

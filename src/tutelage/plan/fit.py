@@ -19,40 +19,71 @@ from tutelage.records import Int32
 
 
 @dataclass(frozen=True)
-class Packing:
-    """Where each document lies: `rows` i32 and `starts` i32 (num_documents,), and how many rows there are."""
+class Begun:
+    """Rows so far, oldest first: `free` slots and number of documents `held` of each, i32 (num_rows,)."""
+
+    free: Int32
+    held: Int32
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows there are."""
+        return len(self.free)
+
+
+NO_ROWS = Begun(np.zeros(0, np.int32), np.zeros(0, np.int32))
+
+
+@dataclass(frozen=True)
+class Packing(Begun):
+    """Where each document lies, `rows` and `starts`, i32 (num_documents,); and the rows that came of it."""
 
     rows: Int32
     starts: Int32
-    num_rows: int
 
 
-def pack_lengths(lengths: Sequence[int] | np.ndarray, *, capacity: int) -> Packing:
+def pack_lengths(lengths: Sequence[int] | np.ndarray, *, capacity: int, max_documents: int | None = None) -> Packing:
     """The row and the start in it of every document, packed best-fit-decreasing into rows of `capacity` slots.
 
     >>> packing = pack_lengths([3, 5, 2, 6], capacity=8)            # 6 + 2 and 5 + 3
     >>> packing.rows.tolist(), packing.starts.tolist(), packing.num_rows
     ([1, 1, 0, 0], [5, 0, 6, 0], 2)
+    >>> pack_lengths([2, 2, 2, 2], capacity=8, max_documents=2).rows.tolist()
+    [0, 0, 1, 1]
 
     Equal lengths keep their order, so equal inputs give equal packings. At most 11/9 of the fewest rows possible, plus one
-    (Johnson 1973); on real length distributions within half a percent. PlanError for a document longer than a row, or empty.
+    (Johnson 1973), as long as no row is closed by `max_documents`; on real length distributions within half a percent.
+    PlanError for a document longer than a row, or empty.
+    """
+    return pack_onto(NO_ROWS, lengths, capacity=capacity, max_documents=max_documents)
+
+
+def pack_onto(begun: Begun, lengths: Sequence[int] | np.ndarray, *, capacity: int, max_documents: int | None = None) -> Packing:
+    """The packing of further documents, into rows that were begun before and new ones. The begun rows come first.
+
+    >>> begun = Begun(free=np.array([1, 3], np.int32), held=np.array([2, 1], np.int32))
+    >>> packing = pack_onto(begun, [3, 4, 1], capacity=8)           # 3 and 1 fill what was left, 4 begins a row
+    >>> packing.rows.tolist(), packing.starts.tolist(), packing.free.tolist(), packing.held.tolist()
+    ([1, 2, 0], [5, 0, 7], [0, 0, 4], [3, 2, 1])
+
+    Two rows that are not closed hold more than `capacity` together: nothing begins a row that has room in an older one. So
+    n tokens leave fewer than 2 * n / capacity + 1 of them.
     """
     sizes = np.asarray(lengths, np.int32)
-    if len(sizes) == 0:
-        return Packing(np.zeros(0, np.int32), np.zeros(0, np.int32), 0)
-    if sizes.min() < 1 or sizes.max() > capacity:
+    if len(sizes) and (sizes.min() < 1 or sizes.max() > capacity):
         worst = int(np.flatnonzero((sizes < 1) | (sizes > capacity))[0])
         raise PlanError(f"document {worst} has {sizes[worst]} tokens; a row takes 1 to {capacity}, and none is ever split")
     # Lengths that fit 16 bits are sorted by radix, four times as fast.
     longest_first = np.argsort((-sizes).astype(np.int16) if capacity < 1 << 15 else -sizes, kind="stable")
-    rows, starts, num_rows = _compiled()(sizes[longest_first], capacity)
-    packing = Packing(np.empty_like(sizes), np.empty_like(sizes), int(num_rows))
+    most = capacity if max_documents is None else max_documents
+    rows, starts, free, held = _compiled()(sizes[longest_first], capacity, most, begun.free, begun.held)
+    packing = Packing(free, held, np.empty_like(sizes), np.empty_like(sizes))
     packing.rows[longest_first], packing.starts[longest_first] = rows, starts
     return packing
 
 
 @cache
-def _compiled() -> Callable[[Int32, int], tuple[Int32, Int32, int]]:
+def _compiled() -> Callable[[Int32, int, int, Int32, Int32], tuple[Int32, Int32, Int32, Int32]]:
     """`_best_fit` compiled on first use, and kept on disk where a folder for it can be written."""
     import numba
 
@@ -63,14 +94,21 @@ def _compiled() -> Callable[[Int32, int], tuple[Int32, Int32, int]]:
     return kernel  # type: ignore[no-any-return]
 
 
-def _best_fit(lengths: Int32, capacity: int) -> tuple[Int32, Int32, int]:
-    """Rows and starts of documents given longest first. Plain loops, for numba."""
-    num = len(lengths)
+def _best_fit(
+    lengths: Int32, capacity: int, max_documents: int, begun_free: Int32, begun_held: Int32
+) -> tuple[Int32, Int32, Int32, Int32]:
+    """Row and start of documents given longest first; free slots and documents of every row. Plain loops, for numba."""
+    num, num_rows = len(lengths), len(begun_free)
     rows, starts = np.empty(num, np.int32), np.empty(num, np.int32)
-    below = np.empty(num, np.int32)  # the row under each row in its stack
+    left, held = np.empty(num + num_rows, np.int32), np.zeros(num + num_rows, np.int32)
+    below = np.empty(num + num_rows, np.int32)  # the row under each row in its stack
     top = np.full(capacity + 1, -1, np.int32)  # the stack of rows with so many free slots
     bits = np.zeros(capacity // 32 + 1, np.int64)  # bit f % 32 of word f // 32: stack f is not empty
-    num_rows = 0
+    for row in range(num_rows - 1, -1, -1):  # the oldest on top
+        free, left[row], held[row] = int(begun_free[row]), begun_free[row], begun_held[row]
+        if free > 0 and held[row] < max_documents:
+            below[row], top[free] = top[free], row
+            bits[free >> 5] |= 1 << (free & 31)
     for i in range(num):
         length = int(lengths[i])
         word = length >> 5
@@ -96,8 +134,9 @@ def _best_fit(lengths: Int32, capacity: int) -> tuple[Int32, Int32, int]:
                 bits[free >> 5] &= ~(1 << (free & 31))
         rows[i], starts[i] = row, capacity - free
         free -= length
-        if free > 0:
-            below[row] = top[free]
-            top[free] = row
+        left[row] = free
+        held[row] += 1
+        if free > 0 and held[row] < max_documents:
+            below[row], top[free] = top[free], row
             bits[free >> 5] |= 1 << (free & 31)
-    return rows, starts, num_rows
+    return rows, starts, left[:num_rows].copy(), held[:num_rows].copy()

@@ -8,6 +8,9 @@ Prefix bound: after any t positions a task with count c of N has been seen t * c
 a Huffman tree a node is at most half of its grandparent, so the errors sum to 1/2 * (1 + 1) * (1 + 1/2 + 1/4 + ...) < 2.)
 It does not depend on the number of tasks.
 
+A scheduled run is a row of stretches, each interleaved by its own tree; a table of the counts before each stretch leads to
+any position at once. Inside a stretch the bound holds from its first position; `timetable` bounds what stands before it.
+
 Inside a task, every pass is a fresh permutation, a keyed Feistel network on (seed, task name, pass): no shuffled copy is
 kept, and the numbers are ours, so they do not change with a NumPy version.
 """
@@ -16,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -24,6 +27,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from tutelage.plan.kernels import feistel, walk_tree
 from tutelage.records import Int32, Int64
 
 UInt64 = NDArray[np.uint64]
@@ -32,6 +36,7 @@ _NARROW_HALF_BITS = 6  # up to 4,096 records need more: there are few round func
 _MIN_HALF_BITS = 3  # narrower round functions are too few to reach all orders of a handful equally often
 _MAX_TASKS = 1 << 15  # batches hold tasks as int16
 _GOLDEN = 0x9E3779B97F4A7C15
+_SALTS = np.array([(number + 1) * 0xD1B54A32D192ED03 & 0xFFFFFFFFFFFFFFFF for number in range(_NARROW_ROUNDS)], np.uint64)
 _MAX_POSITIONS = 1 << 30  # k * a must stay inside 64 bits
 _CHUNK = 1 << 18  # positions worked on at a time: temporaries stay in cache and memory flat
 
@@ -60,7 +65,10 @@ class Draws:
 
 @dataclass(frozen=True)
 class Order:
-    """The order of a run: `counts` draws of each task from its `sizes` examples; `window` gives any stretch of it.
+    """The order of a run: `counts` draws of each task from its `sizes` examples; `window` gives any part of it.
+
+    With `stretches`, draws of each task in each stretch of the run, which sum to `counts`, the mixture changes from one to the
+    next; passes over a task go on across them.
 
     >>> order = Order({"a": 4, "b": 2}, sizes={"a": 2, "b": 2}, seed=0)
     >>> [order.tasks[t] for t in order.window(0, 6).task]
@@ -70,14 +78,20 @@ class Order:
     >>> order.window(0, 6).visit.tolist()                                  # a: both once, then both again
     [0, 0, 0, 1, 0, 1]
 
+    >>> staged = Order({"a": 4, "b": 2}, sizes={"a": 2, "b": 2}, stretches=[{"a": 3}, {"a": 1, "b": 2}])
+    >>> [staged.tasks[t] for t in staged.window(0, 6).task], staged.window(0, 6).visit.tolist()
+    (['a', 'a', 'a', 'b', 'a', 'b'], [0, 0, 1, 0, 1, 0])
+
     Tasks are known by name: their order, and tasks without a draw, change nothing.
     """
 
     counts: Mapping[str, int]
     sizes: Mapping[str, int]
     seed: int = 0
+    stretches: Sequence[Mapping[str, int]] = ()
 
     def __post_init__(self) -> None:
+        assert self._before[-1].tolist() == [self.counts[name] for name in self.tasks], "stretches sum to the counts"
         assert all(self.sizes[name] > 0 for name in self.tasks), "a task that is drawn has examples"
         assert len(self.tasks) < _MAX_TASKS, f"{len(self.tasks):,} tasks; at most {_MAX_TASKS:,}"
         assert len(self) <= _MAX_POSITIONS, f"{len(self):,} positions; at most {_MAX_POSITIONS:,}"
@@ -91,20 +105,53 @@ class Order:
         return tuple(sorted(name for name, count in self.counts.items() if count > 0))
 
     @cached_property
-    def _tree(self) -> Tree:
-        return huffman_tree([self.counts[name] for name in self.tasks])
+    def _before(self) -> Int64:
+        """Draws of each task before each stretch, and in all: (stretches + 1, tasks)."""
+        stretches = [s for s in self.stretches if any(s.values())] or [self.counts]
+        rows = [[0] * len(self.tasks), *([stretch.get(name, 0) for name in self.tasks] for stretch in stretches)]
+        before: Int64 = np.cumsum(np.array(rows, np.int64), axis=0)
+        return before
+
+    @cached_property
+    def _starts(self) -> Int64:
+        """The first position of each stretch, and the length of the run."""
+        starts: Int64 = self._before.sum(axis=1)
+        return starts
+
+    @cached_property
+    def _trees(self) -> list[tuple[Tree, Int64]]:
+        """The tree of each stretch, and the tasks that its leaves stand for."""
+        trees = []
+        for counts in np.diff(self._before, axis=0):
+            drawn = np.flatnonzero(counts)
+            trees.append((huffman_tree(counts[drawn].tolist()), drawn))
+        return trees
 
     def window(self, start: int, stop: int) -> Draws:
         """The draws at positions `start : stop`, at a cost that does not depend on `start`."""
         draws = Draws(np.empty(stop - start, np.int32), np.empty(stop - start, np.int32), np.empty(stop - start, np.int64))
         for a in range(start, stop, _CHUNK):
             b = min(a + _CHUNK, stop)
-            part, here = self._draw(np.arange(a, b, dtype=np.int64)), slice(a - start, b - start)
+            part, here = self._draw(a, b), slice(a - start, b - start)
             draws.task[here], draws.visit[here], draws.index[here] = part.task, part.visit, part.index
         return draws
 
-    def _draw(self, positions: Int64) -> Draws:
-        task, occurrence = interleave(self._tree, positions)
+    def _interleave(self, start: int, stop: int) -> tuple[Int32, Int64]:
+        """The task at each position, and how many times it came before."""
+        task, occurrence = np.empty(stop - start, np.int32), np.empty(stop - start, np.int64)
+        first = int(np.searchsorted(self._starts, start, "right")) - 1
+        for number in range(first, int(np.searchsorted(self._starts, stop, "left"))):
+            begin = int(self._starts[number])
+            a, b = max(start, begin), min(stop, int(self._starts[number + 1]))
+            tree, drawn = self._trees[number]
+            leaf, local = interleave(tree, np.arange(a - begin, b - begin, dtype=np.int64))
+            here = slice(a - start, b - start)
+            task[here] = drawn[leaf]
+            occurrence[here] = local + self._before[number, task[here]]
+        return task, occurrence
+
+    def _draw(self, start: int, stop: int) -> Draws:
+        task, occurrence = self._interleave(start, stop)
         visit, index = np.empty_like(task), np.empty_like(occurrence)
         by_task = np.argsort(task.astype(np.int16), kind="stable")  # 16 bits: NumPy sorts them by radix
         edges = np.searchsorted(task[by_task], np.arange(len(self.tasks) + 1))
@@ -135,25 +182,23 @@ def interleave(tree: Tree, positions: Int64) -> tuple[Int32, Int64]:
     >>> task.tolist(), occurrence.tolist()
     ([1, 0, 1, 1, 0, 1], [0, 0, 1, 2, 1, 3])
     """
-    task, occurrence = np.empty(len(positions), np.int32), np.empty(len(positions), np.int64)
-    pending: list[tuple[Tree, Int64 | None, Int64]] = [(tree, None, positions)]
-    while pending:
-        node, where, local = pending.pop()
+    return walk_tree(_as_lines(tree), positions)
+
+
+def _as_lines(tree: Tree) -> Int64:
+    """The nodes as `walk_tree` reads them, the root first."""
+    lines: list[tuple[int, int, int, int]] = []
+
+    def add(node: Tree) -> int:
         if isinstance(node, int):
-            _store(task, occurrence, where, leaf=node, local=local)
-            continue
-        # floor((2 k a + n) / 2 n) is k a / n rounded; it rises after k exactly when the remainder leaves room for 2 a.
-        before, rest = np.divmod(local * (2 * node.num_left) + node.num, 2 * node.num)
-        is_left = rest >= 2 * (node.num - node.num_left)
-        left, right = np.flatnonzero(is_left), np.flatnonzero(~is_left)
-        pending.append((node.left, left if where is None else where[left], before[left]))
-        pending.append((node.right, right if where is None else where[right], (local - before)[right]))
-    return task, occurrence
+            return ~node
+        at = len(lines)
+        lines.append((0, 0, 0, 0))
+        lines[at] = (add(node.left), add(node.right), node.num_left, node.num)
+        return at
 
-
-def _store(task: Int32, occurrence: Int64, where: Int64 | None, *, leaf: int, local: Int64) -> None:
-    task[slice(None) if where is None else where] = leaf
-    occurrence[slice(None) if where is None else where] = local
+    add(tree)
+    return np.array(lines, np.int64).reshape(-1, 4)
 
 
 def name_key(seed: int, name: str) -> int:
@@ -175,31 +220,9 @@ def permute(index: Int64, *, size: int, keys: UInt64) -> Int64:
     A balanced Feistel network on the next even power of two, 64 at least; what lands outside walks on until it is
     inside (at most four steps on average from 16 records up), which keeps it a bijection.
     """
-    if size == 1:
-        return np.zeros_like(index)
     half = max(((size - 1).bit_length() + 1) // 2, _MIN_HALF_BITS)
-    value = _feistel(index.astype(np.uint64), half=half, keys=keys)
-    outside = np.flatnonzero(value >= size)
-    while len(outside):
-        moved = _feistel(value[outside], half=half, keys=keys[outside])
-        value[outside] = moved
-        outside = outside[moved >= size]
-    return value.astype(np.int64)
-
-
-def _feistel(value: UInt64, *, half: int, keys: UInt64) -> UInt64:
-    shift, low = np.uint64(half), np.uint64((1 << half) - 1)
-    left, right = value >> shift, value & low
-    for round_number in range(_ROUNDS if half > _NARROW_HALF_BITS else _NARROW_ROUNDS):
-        salt = np.uint64((round_number + 1) * 0xD1B54A32D192ED03 & 0xFFFFFFFFFFFFFFFF)
-        mixed = right * np.uint64(_GOLDEN)
-        mixed += salt
-        mixed ^= keys
-        mixed = _mix(mixed)
-        mixed &= low
-        mixed ^= left
-        left, right = right, mixed
-    return (left << shift) | right
+    num_rounds = _ROUNDS if half > _NARROW_HALF_BITS else _NARROW_ROUNDS
+    return feistel(index, size=size, half=half, salts=_SALTS[:num_rounds], keys=keys)
 
 
 def _mix(x: UInt64) -> UInt64:

@@ -11,29 +11,43 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from tutelage.errors import PlanError
-from tutelage.plan.assemble import Candidates, Plan, mixture_facts, plan_candidates
+from tutelage.plan.advice import advise
+from tutelage.plan.assemble import Plan, mixture_facts, plan_candidates, step_facts, strata_facts
+from tutelage.plan.deciles import decile_facts
+from tutelage.plan.join import (
+    HELD_OUT,
+    NOT_DRAWN,
+    NOT_RENDERED,
+    SHARDS,
+    Joined,
+    SourceExamples,
+    flags_at,
+    held_out_records,
+    join_source,
+)
+from tutelage.plan.mixtures import online_rule
+from tutelage.plan.online import OnlineRule
+from tutelage.plan.schedule_spec import Online
 from tutelage.plan.spec import BatchSpec, LossRule, MixSpec
-from tutelage.plan.weights import weigh_examples
+from tutelage.plan.supervision import length_facts, supervise, supervision_facts
+from tutelage.plan.tally_stage import tally_stage
 from tutelage.plan.windows import step_shape
-from tutelage.records import Float64, Int32, Int64
+from tutelage.records import Int64
 from tutelage.store import Artefact, Counts, Outcome, Progress, Stage
-from tutelage.tables import DROPPED, PLACEMENTS, PLAN_STEPS, PLANNED, SPLIT, VERDICTS, RenderedSet, read_table, write_table
+from tutelage.tables import DROPPED, PLACEMENTS, PLAN_STEPS, PLANNED, write_table
 
-HELD_OUT, NOT_RENDERED, NO_LOSS_WEIGHT, NOT_DRAWN = "held_out", "not_rendered", "no_loss_weight", "not_drawn"
-"""Our own reasons, beside the rule names of verdicts and the reasons of rendering. `no_loss_weight`: the loss rule, the
-source's weight or the turns' weights leave no target to learn; `not_drawn`: the budget went to other records."""
-
-_SHARDS = ("render", "rerender")
+_THREADS = 4
+"""Sources joined at a time: most of it is reading, which needs no lock."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +59,19 @@ class PlanInputs:
     screens: Mapping[str, Stage]
     copies: Stage
     split: Stage
+    weighted_reads: Mapping[str, Stage] = field(default_factory=dict)
+    """The `read` boxes of the sources whose records state weights."""
+
+    @cached_property
+    def tallies(self) -> dict[str, Stage]:
+        """`tally NAME` and `retally NAME`."""
+        return {box.label: box for stage in [*self.renders.values(), *self.rerenders.values()] for box in [tally_stage(stage)]}
 
     def by_name(self) -> dict[str, Stage]:
-        """`render NAME`, `rerender NAME`, `screen NAME`, `copies`, `split`."""
-        kinds = {"render": self.renders, "rerender": self.rerenders, "screen": self.screens}
+        """`render NAME`, `rerender NAME`, `tally NAME`, `retally NAME`, `screen NAME`, `read NAME`, `copies`, `split`."""
+        kinds = {"render": self.renders, "rerender": self.rerenders, "screen": self.screens, "read": self.weighted_reads}
         named = {f"{kind} {name}": stage for kind, stages in kinds.items() for name, stage in stages.items()}
-        return named | {"copies": self.copies, "split": self.split}
+        return named | self.tallies | {"copies": self.copies, "split": self.split}
 
 
 def plan_stage(
@@ -61,8 +82,11 @@ def plan_stage(
     batch: BatchSpec,
     max_tokens: int,
     source_weights: Mapping[str, float],
+    source_tasks: Mapping[str, str] | None = None,
 ) -> Stage:
     """The box `plan`. In: every record. Out: the records that training sees. PlanError at once for an impossible batch size.
+
+    `source_tasks` gives the task of the sources whose records all have the same, known before anything is read.
 
     The order that files or sources were given in plays no part: sources are taken by name, records by position.
     """
@@ -73,212 +97,90 @@ def plan_stage(
         "batch": batch.canonical(),
         "max_tokens": max_tokens,
         "source_weights": {name: source_weights.get(name, 1.0) for name in inputs.renders},
+        "source_tasks": dict(source_tasks or {}),
     }
 
     def build(folder: Path, artefacts: Mapping[str, Artefact], progress: Progress) -> Outcome:
         names = sorted(inputs.renders)
         progress.start("plan", len(names), "sources")
-        sources = []
-        for name in names:
-            sources.append(_join(name, artefacts, loss=loss, multiplier=source_weights.get(name, 1.0)))
+        held_out = held_out_records(artefacts["split"], names)
+
+        def join(name: str) -> SourceExamples:
+            weight, task = source_weights.get(name, 1.0), (source_tasks or {}).get(name)
+            made = join_source(name, artefacts, is_held_out=held_out[name], loss=loss, source_weight=weight, task=task)
             progress.advance(text=name)
-        joined = _Joined(names, sources)
+            return made
+
+        with ThreadPoolExecutor(_THREADS, "join") as pool:
+            sources = list(pool.map(join, names))
+        joined = Joined(names, sources, loss, mix.over)
         plan = plan_candidates(joined.candidates, mix=mix, batch=batch, max_tokens=max_tokens)
-        _write(folder, joined, plan)
-        for note in plan.notes:
-            progress.note(note)
-        return Outcome(_account(folder, joined, plan), _facts(joined, plan, mix=mix, loss=loss))
+        rule = _online_rule(joined, plan, mix=mix, loss=loss)
+        may_be_drawn = plan.num_visits > 0 if rule is None else np.isin(plan.tasks, list(rule.shares))[joined.candidates.task]
+        with ThreadPoolExecutor(1, "write") as pool:  # beside the sums
+            counts = pool.submit(_write, folder, joined, plan, may_be_drawn)
+            facts = _facts(joined, plan, mix=mix, loss=loss) | _online_facts(rule, plan, mix=mix)
+            for note in plan.notes:
+                progress.note(note)
+            return Outcome(counts.result(), facts)
 
-    return Stage("plan", 1, wanted, build, inputs=inputs.by_name())
-
-
-@dataclass(frozen=True)
-class _Source:
-    """One source joined: the examples that may be drawn (one entry each), and per record why it may not ("" = it may)."""
-
-    name: str
-    fate: np.ndarray
-    details: dict[int, str]
-    multiplier: float
-    tasks: tuple[str, ...]
-    task: Int32
-    shard: Int32
-    index: Int64
-    row: Int64
-    part: Int32
-    num_tokens: Int32
-    num_supervised: Int64
-    weight: Float64
-
-    def at(self, which: np.ndarray) -> _Source:
-        """The examples at these positions."""
-        arrays: dict[str, Any] = {f: getattr(self, f)[which] for f in _PER_EXAMPLE}
-        return dataclasses.replace(self, **arrays)
+    return Stage("plan", 2, wanted, build, inputs=inputs.by_name())
 
 
-_PER_EXAMPLE = ("task", "shard", "index", "row", "part", "num_tokens", "num_supervised", "weight")
-
-
-def _join(name: str, artefacts: Mapping[str, Artefact], *, loss: LossRule, multiplier: float) -> _Source:
-    """What may be drawn from one source. One reason per record: held out, else screened, else a copy, else not rendered."""
-    is_held_out = _held_out(artefacts["split"], name)
-    fate, details = np.full(len(is_held_out), "", object), dict[int, str]()
-    parts: list[_Source] = []
-    for shard in _SHARDS:
-        if f"{shard} {name}" in artefacts:
-            rendered = artefacts[f"{shard} {name}"]
-            newer = _examples(rendered.path, _SHARDS.index(shard), name, fate, loss=loss, multiplier=multiplier)
-            refused = read_table(rendered.file("dropped.parquet"), DROPPED)
-            if parts:  # a record rendered anew, or refused then, no longer counts as first rendered
-                renewed = np.union1d(newer.row, refused["row"].to_numpy())
-                parts = [part.at(~np.isin(part.row, renewed)) for part in parts]
-                fate[renewed] = ""
-            _set_fates(fate, details, refused, reason="reason", detail="detail")
-            parts.append(newer)
-    _set_fates(fate, details, _drops(artefacts["copies"], name), reason="rule", detail="reason")
-    if f"screen {name}" in artefacts:
-        _set_fates(fate, details, _drops(artefacts[f"screen {name}"], name), reason="rule", detail="reason")
-    fate[is_held_out] = HELD_OUT
-    return _settle_fates(_merge(parts), fate, details)
-
-
-def _examples(folder: Path, shard: int, name: str, fate: np.ndarray, *, loss: LossRule, multiplier: float) -> _Source:
-    rendered = RenderedSet(folder)
-    table = rendered.examples
-    weight, supervised = weigh_examples(rendered, loss=loss, multiplier=multiplier)
-    labels = table["task"].combine_chunks()
-    return _Source(
-        name=name,
-        fate=fate,
-        details={},
-        multiplier=multiplier,
-        tasks=tuple(labels.dictionary.to_pylist()),
-        task=labels.indices.to_numpy().astype(np.int32),
-        shard=np.full(len(table), shard, np.int32),
-        index=np.arange(len(table)),
-        row=table["row"].to_numpy(),
-        part=table["part"].to_numpy(),
-        num_tokens=table["num_tokens"].to_numpy(),
-        num_supervised=supervised,
-        weight=weight,
-    )
-
-
-def _merge(parts: Sequence[_Source]) -> _Source:
-    """The examples of both shards in record order, under one list of tasks."""
-    tasks = tuple(sorted({task for part in parts for task in part.tasks}))
-    parts = [dataclasses.replace(part, task=_recode(part.task, part.tasks, tasks)) for part in parts]
-    arrays: dict[str, Any] = {f: np.concatenate([getattr(part, f) for part in parts]) for f in _PER_EXAMPLE}
-    whole = dataclasses.replace(parts[0], tasks=tasks, **arrays)
-    return whole.at(np.lexsort((whole.part, whole.row)))
-
-
-def _recode(codes: Int32, names: Sequence[str], wanted: Sequence[str]) -> Int32:
-    place = {name: i for i, name in enumerate(wanted)}
-    return np.array([place[name] for name in names] or [0], np.int32)[codes]
-
-
-def _held_out(split: Artefact, name: str) -> np.ndarray:
-    """Whether each record of a source is held out."""
-    table = read_table(split.file("split.parquet"), SPLIT)
-    mine = table.filter(pc.equal(table["source"].cast(pa.string()), name))
-    out = np.zeros(len(mine), bool)
-    out[mine["row"].to_numpy()] = mine["is_held_out"].to_numpy(zero_copy_only=False)
-    return out
-
-
-def _drops(artefact: Artefact, name: str) -> pa.Table:
-    """The verdicts that drop records of a source."""
-    table = read_table(artefact.file("verdicts.parquet"), VERDICTS)
-    return table.filter(pc.and_(pc.equal(table["source"].cast(pa.string()), name), pc.invert(table["keep"])))
-
-
-def _set_fates(fate: np.ndarray, details: dict[int, str], table: pa.Table, *, reason: str, detail: str) -> None:
-    """Writes the first reason that a table gives for a record over what another stage said of it."""
-    rows, first = np.unique(table["row"].to_numpy(), return_index=True)
-    chosen = table.take(pa.array(first))
-    fate[rows] = chosen[reason].to_pylist()
-    details.update(zip(rows.tolist(), chosen[detail].to_pylist(), strict=True))
-
-
-def _settle_fates(examples: _Source, fate: np.ndarray, details: dict[int, str]) -> _Source:
-    """The examples that may be drawn, and a fate for every record that has none of them."""
-    is_open = fate[examples.row] == ""
-    fate[np.setdiff1d(np.flatnonzero(fate == ""), examples.row)] = NOT_RENDERED
-    tasks_in_training = np.unique(examples.task[fate[examples.row] != HELD_OUT])
-    drawable = is_open & (examples.weight > 0)
-    fate[np.setdiff1d(examples.row[is_open], examples.row[drawable])] = NO_LOSS_WEIGHT
-    tasks = tuple(examples.tasks[i] for i in tasks_in_training)
-    codes = np.zeros(len(examples.tasks), np.int32)
-    codes[tasks_in_training] = np.arange(len(tasks))
-    kept = examples.at(drawable)
-    return dataclasses.replace(kept, tasks=tasks, task=codes[kept.task], fate=fate, details=details)
-
-
-@dataclass(frozen=True)
-class _Joined:
-    """All sources by name; `source` and the arrays of `candidates` have one entry per example that may be drawn."""
-
-    names: Sequence[str]
-    sources: Sequence[_Source]
-
-    @cached_property
-    def source(self) -> Int32:
-        """The source of each candidate."""
-        return np.repeat(np.arange(len(self.sources), dtype=np.int32), [len(source.row) for source in self.sources])
-
-    def column(self, field: str) -> np.ndarray:
-        """One array over all sources."""
-        return np.concatenate([getattr(source, field) for source in self.sources])
-
-    @cached_property
-    def candidates(self) -> Candidates:
-        """What the plan draws from. A task whose records were all dropped stays on the list: it may have a share."""
-        tasks = tuple(sorted({task for source in self.sources for task in source.tasks}))
-        if not tasks:
-            raise PlanError("no source has a rendered training record; look at what the stages before dropped, and why")
-        return Candidates(
-            tasks=tasks,
-            task=np.concatenate([_recode(source.task, source.tasks, tasks) for source in self.sources]),
-            num_tokens=self.column("num_tokens"),
-            num_supervised=self.column("num_supervised"),
-            weight=self.column("weight"),
+def _online_rule(joined: Joined, plan: Plan, *, mix: MixSpec, loss: LossRule) -> OnlineRule | None:
+    """What training decides by, where the mixture is online: then any example of a task that has a share may be drawn."""
+    if not isinstance(mix.schedule, Online):
+        return None
+    if loss.normalise == "task":
+        raise PlanError(
+            "loss.normalise: task, weighs tasks by the visits of the whole run, which an online mixture does not know; choose "
+            "`token` or `example`, or a schedule that is known ahead"
         )
+    return online_rule(joined.candidates.supplies(), mix, examples_per_step=plan.shape.examples)
 
 
-def _write(folder: Path, joined: _Joined, plan: Plan) -> None:
-    """The three tables; examples that are never drawn are left out, and the others renumbered."""
-    drawn = np.flatnonzero(plan.num_visits)
+def _online_facts(rule: OnlineRule | None, plan: Plan, *, mix: MixSpec) -> dict[str, Any]:
+    if rule is None or not isinstance(mix.schedule, Online):
+        return {}
+    about = {"every_steps": mix.schedule.every_steps, "seed": mix.seed, "shape": dataclasses.asdict(plan.shape)}
+    return {"online": {"rule": rule.as_json(), **about}}
+
+
+def _write(folder: Path, joined: Joined, plan: Plan, may_be_drawn: np.ndarray) -> Counts:
+    """The tables, and the count of records; examples that are never drawn are left out, and the others renumbered."""
+    drawn = np.flatnonzero(may_be_drawn)
     number = np.zeros(len(plan.num_visits), np.int32)
     number[drawn] = np.arange(len(drawn))
     source = joined.source[drawn]
     columns = {
         "source": _labels(source, joined.names),
-        "shard": _labels(joined.column("shard")[drawn], _SHARDS),
+        "shard": _labels(joined.column("shard")[drawn], SHARDS),
         "task": _labels(joined.candidates.task[drawn], plan.tasks),
-        "multiplier": np.array([s.multiplier for s in joined.sources])[source],
+        "multiplier": plan.multiplier[drawn],
+        "weight": plan.weight[drawn],
         "num_visits": plan.num_visits[drawn],
     }
-    columns |= {name: joined.column(name)[drawn] for name in ("index", "row", "part", "num_tokens", "weight")}
+    columns |= {name: joined.column(name)[drawn] for name in ("index", "row", "part", "num_tokens")}
     write_table(folder / "planned.parquet", pa.table({name: columns[name] for name in PLANNED.names}, schema=PLANNED))
     placed = dataclasses.replace(plan.placements, example=number[plan.placements.example])
     write_table(folder / "placements.parquet", pa.table(vars(placed), schema=PLACEMENTS))
     steps = {"step": np.arange(len(plan.steps)), **vars(plan.steps)}
     write_table(folder / "steps.parquet", pa.table(steps, schema=PLAN_STEPS))
+    return _account(folder, joined, may_be_drawn)
 
 
 def _labels(codes: np.ndarray, names: Sequence[str]) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32)), pa.array(list(names), pa.string()))
 
 
-def _account(folder: Path, joined: _Joined, plan: Plan) -> Counts:
+def _account(folder: Path, joined: Joined, may_be_drawn: np.ndarray) -> Counts:
     """Writes dropped.parquet, and counts records."""
     first, tables, reasons, num_in = 0, [], Counter[str](), 0
     for source in joined.sources:
-        visits = plan.num_visits[first : first + len(source.row)]
+        drawn = may_be_drawn[first : first + len(source.row)]
         first += len(source.row)
         fate = source.fate.copy()
-        fate[np.setdiff1d(source.row, source.row[visits > 0])] = NOT_DRAWN
+        fate[flags_at(source.row, len(fate)) & ~flags_at(source.row[drawn], len(fate))] = NOT_DRAWN
         rows = np.flatnonzero(fate != "")
         num_in += len(fate)
         reasons.update(fate[rows])
@@ -287,9 +189,9 @@ def _account(folder: Path, joined: _Joined, plan: Plan) -> Counts:
     return Counts(num_in, num_in - reasons.total(), reasons)
 
 
-def _dropped_table(source: _Source, rows: Int64, reasons: np.ndarray) -> pa.Table:
+def _dropped_table(source: SourceExamples, rows: Int64, reasons: np.ndarray) -> pa.Table:
     """Records by `row`, their join key; file and line stand in the source's conversations."""
-    own = {HELD_OUT, NOT_RENDERED, NO_LOSS_WEIGHT, NOT_DRAWN}
+    own = {HELD_OUT, NOT_RENDERED, NOT_DRAWN}
     details = [
         "" if reason in own else source.details.get(row, "") for row, reason in zip(rows.tolist(), reasons.tolist(), strict=True)
     ]
@@ -306,11 +208,18 @@ def _dropped_table(source: _Source, rows: Int64, reasons: np.ndarray) -> pa.Tabl
     return pa.table({name: columns[name] for name in DROPPED.names}, schema=DROPPED)
 
 
-def _facts(joined: _Joined, plan: Plan, *, mix: MixSpec, loss: LossRule) -> dict[str, Any]:
+def _facts(joined: Joined, plan: Plan, *, mix: MixSpec, loss: LossRule) -> dict[str, Any]:
     """What `tutelage plan` prints and later stages read."""
-    mixture = mixture_facts(plan, joined.candidates)
+    strata = strata_facts(plan, joined.candidates)
+    mixture = mixture_facts(plan, joined.candidates, strata, count=mix.count)
+    found = supervise(list(joined.tallied(plan)), num_tasks=len(plan.tasks), loss=loss)
     summed = [name for name in mixture[0] if name.startswith(("available_", "planned_"))]
     total = {name: sum(line[name] for line in mixture) for name in summed}
+    for i, line in enumerate(mixture):
+        line |= length_facts(found.targets[i], num_multi_turn=found.num_multi_turn[i], mixture=line)
+    total |= length_facts(found.targets.sum(axis=0), num_multi_turn=found.num_multi_turn.sum(), mixture=total)
+    weights = supervision_facts(found, tasks=plan.tasks, loss=loss)
+    shares = weights["kind_weight_by_policy"]["recipe"]
     steps = plan.steps
     return {
         "capacity": plan.shape.capacity,
@@ -323,11 +232,19 @@ def _facts(joined: _Joined, plan: Plan, *, mix: MixSpec, loss: LossRule) -> dict
         "slots": int(steps.slots.sum()),
         "total_weight": float(steps.total_weight.sum()),
         "packing_efficiency": plan.packing_efficiency,
+        "padding_share": 1 - plan.packing_efficiency,
+        "steps": step_facts(steps),
         "count": mix.count,
         "loss": loss.canonical(),
         "tasks": list(plan.tasks),
         "sources": list(joined.names),
         "mixture": mixture,
+        "over": mix.over,
+        "strata": strata,
+        "schedule": None if mix.schedule is None else mix.canonical()["schedule"],
+        "deciles": decile_facts(plan, joined.candidates, mix=mix),
         "total": total | {"num_unfilled": plan.mixture.num_unfilled},
         "notes": list(plan.notes),
+        **weights,
+        "advice": [vars(advice) for advice in advise(mixture, total, loss=loss, prompt_share=shares["user"] + shares["system"])],
     }

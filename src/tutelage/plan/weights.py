@@ -9,7 +9,7 @@ counts. Several documents may lie end to end: `offsets` says where each begins, 
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,38 +22,10 @@ from tutelage.plan.spec import (
     PromptWeight,
     ResponseLoss,
 )
+from tutelage.plan.tally import MARK, WRITTEN, Tally, Tokens, cell_of, tally_examples
 from tutelage.records import LEARNED_KINDS, NO_TARGET, Float32, Float64, Int32, Int64, Kind, UInt8, is_written
 
-_CHUNK_TOKENS = 1 << 20
 _NO_TURN = -1
-
-
-class Tokens(Protocol):
-    """Documents end to end: `tables.RenderedSet` on disk, or `batch.InMemory`."""
-
-    @property
-    def ids(self) -> np.ndarray:
-        """Token ids (T,)."""
-
-    @property
-    def kinds(self) -> UInt8:
-        """A `Kind` per token (T,)."""
-
-    @property
-    def turns(self) -> np.ndarray:
-        """The turn of each token, -1 for none (T,)."""
-
-    @property
-    def turn_weights(self) -> Float32:
-        """The learn weight of every turn."""
-
-    @property
-    def offsets(self) -> Int64:
-        """First token of every document, and the total."""
-
-    @property
-    def turn_offsets(self) -> Int64:
-        """First turn of every document, and the total."""
 
 
 def kind_table(loss: LossRule) -> Float32:
@@ -170,37 +142,54 @@ def shift_targets(ids: Int32, weights: Float32, *, offsets: Int64 | None = None)
     return ids, targets, target_weights
 
 
-def weigh_examples(tokens: Tokens, *, loss: LossRule, multiplier: float = 1.0) -> tuple[Float64, Int64]:
-    """Per document: the sum of its target weights (f64), and how many targets have weight above 0.
+@dataclass(frozen=True)
+class Weighed:
+    """Target weights of `num` examples under one rule: `count` targets of `example` weigh `value` (M entries, any order)."""
 
-    Works through the tokens a million at a time, so that memory does not grow with the set.
+    example: Int32
+    value: Float32
+    count: Int32
+    num: int
+
+    def totals(self, multiplier: np.ndarray | float = 1.0) -> Float64:
+        """The sum of each example's target weights, f64 (E,), every one times float32 of the example's `multiplier`.
+
+        Products are rounded to float32 as in a batch and then added up in float64, so a plan and its batches agree.
+        """
+        weights = self._products(multiplier).astype(np.float64) * self.count
+        return np.bincount(self.example, weights=weights, minlength=self.num).astype(np.float64, copy=False)
+
+    def supervised(self, multiplier: np.ndarray | float = 1.0) -> Int64:
+        """How many targets of each example have a weight above 0, i64 (E,)."""
+        counted = np.where(self._products(multiplier) > 0, self.count, 0)
+        return np.bincount(self.example, weights=counted, minlength=self.num).astype(np.int64)
+
+    def _products(self, multiplier: np.ndarray | float) -> Float32:
+        factors = np.asarray(multiplier, np.float32)
+        products: Float32 = self.value * (factors[self.example] if factors.ndim else factors)
+        return products
+
+
+def cell_table(loss: LossRule) -> Float32:
+    """The weight of each cell of a tally under a rule, f32: `weigh_tokens` for all targets of a kind at once.
+
+    >>> cell_table(ResponseLoss(turns="last"))[[cell_of(Kind.STOP), cell_of(Kind.STOP, is_last=True)]].tolist()
+    [0.0, 1.0]
     """
-    offsets = tokens.offsets
-    num = len(offsets) - 1
-    total, supervised = np.zeros(num), np.zeros(num, np.int64)
-    first = 0
-    while first < num:
-        last = max(int(np.searchsorted(offsets, offsets[first] + _CHUNK_TOKENS, "right")) - 1, first + 1)
-        weights, starts = _stretch(tokens, first, last, loss=loss)
-        weights *= np.float32(multiplier)
-        filled = np.flatnonzero(np.diff(starts) > 0)
-        weights[starts[filled]] = 0.0  # the first token of a document is never a target
-        if len(filled):
-            total[first + filled] = np.add.reduceat(weights, starts[filled], dtype=np.float64)
-            supervised[first + filled] = np.add.reduceat(weights > 0, starts[filled], dtype=np.int64)
-        first = last
-    return total, supervised
+    kinds = kind_table(loss)
+    table: Float32 = np.repeat(np.append(kinds, kinds[Kind.ASSISTANT]), 2)
+    assert len(table) == cell_of(MARK, is_last=True) + 1, "a weight for each cell"
+    if _counts_last_only(loss):
+        table[[cell_of(kind) for kind in WRITTEN]] = 0.0
+    return table
 
 
-def _stretch(tokens: Tokens, first: int, last: int, *, loss: LossRule) -> tuple[Float32, Int64]:
-    """The token weights of documents `first : last`, and their offsets from the first."""
-    offsets, turn_offsets = tokens.offsets[first : last + 1], tokens.turn_offsets[first : last + 1]
-    weights = weigh_tokens(
-        np.asarray(tokens.kinds[offsets[0] : offsets[-1]]),
-        loss=loss,
-        turns=np.asarray(tokens.turns[offsets[0] : offsets[-1]]),
-        turn_weights=np.asarray(tokens.turn_weights[turn_offsets[0] : turn_offsets[-1]]),
-        offsets=offsets - offsets[0],
-        turn_offsets=turn_offsets - turn_offsets[0],
-    )
-    return weights, offsets - offsets[0]
+def weigh_tally(tally: Tally, *, loss: LossRule) -> Weighed:
+    """The target weights of the examples of a tally under a rule, exactly those that `weigh_tokens` gives token by token."""
+    return Weighed(tally.example, cell_table(loss)[tally.cell] * tally.turn_weight, tally.count, len(tally))
+
+
+def weigh_examples(tokens: Tokens, *, loss: LossRule, multiplier: np.ndarray | float = 1.0) -> tuple[Float64, Int64]:
+    """Per document: the sum of its target weights (f64), and how many targets have weight above 0."""
+    weighed = weigh_tally(tally_examples(tokens), loss=loss)
+    return weighed.totals(multiplier), weighed.supervised(multiplier)

@@ -22,7 +22,8 @@ from tutelage.report.tables import interval, write
 
 INK, QUIET, RULE = "#1b1f24", "#5c6670", "#d9dde2"
 TRAIN, HELD_OUT, GOOD, BAD, NEUTRAL, BAR = "#1f5f8b", "#a8541a", "#24704a", "#a6322b", "#7b848d", "#9dbbd2"
-PALETTE = (INK, QUIET, RULE, TRAIN, HELD_OUT, GOOD, BAD, NEUTRAL, BAR)
+MORE_COLOURS = ("#7a4fa3", "#8a6d0b", "#1e7f86", "#b0457c", "#5b6fc0")
+PALETTE = (INK, QUIET, RULE, TRAIN, HELD_OUT, GOOD, BAD, NEUTRAL, BAR, *MORE_COLOURS)
 
 OUTCOME_COLOURS = {"better": GOOD, "worse": BAD, "unclear": NEUTRAL}
 OUTCOME_SHAPES = {"better": "circle", "worse": "square", "unclear": "diamond"}
@@ -171,6 +172,11 @@ def _intervals(changes: Sequence[Change]) -> Chart:
     return Chart(
         "change with paired 95 % interval", f"Change of held-out loss: {said}.", _svg(chart, f"change of held-out loss: {said}")
     )
+
+
+def require_charts() -> None:
+    """MissingExtra where charts cannot be drawn."""
+    _altair()
 
 
 def _altair() -> ModuleType:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tutelage.records import Dropped, Sample
+from tutelage.report.plan_view import PlanView
 
 PLANNED, HELD_OUT, NOT_DRAWN, NOT_SAMPLED = "planned", "held_out", "not_drawn", "not_sampled"
 """The fates of a record that are not a drop: in the plan, kept for measuring, more records than the budget, more than
@@ -186,6 +187,8 @@ class ReportData:
     origins: Mapping[str, int] = field(default_factory=dict)
     audit: Mapping[str, Any] = field(default_factory=dict)
     """What the audit found and measured, as `check --data --json` prints it."""
+    plan: PlanView | None = None
+    """The plan's pictures and tables; None where only a mixture is known."""
     base_model: str = ""
     adapter: str = ""
 

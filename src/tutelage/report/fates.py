@@ -37,7 +37,7 @@ def flows(inputs: Inputs, planned: pa.Table) -> tuple[SourceFlow, ...]:
     for source, read in of_stage(inputs, "read").items():
         counts = read.manifest["counts"]
         of_source = planned.filter(pc.equal(planned["source"].cast(pa.string()), source))
-        num_planned = len(pc.unique(of_source.filter(pc.greater(of_source["num_visits"], 0))["row"]))
+        num_planned = len(pc.unique(of_source["row"]))
         all_fates = Counter({PLANNED: num_planned}) + fates[source] + Counter(counts["dropped"])
         out.append(SourceFlow(source, counts["in"], dict(all_fates)))
     return tuple(out)

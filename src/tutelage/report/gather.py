@@ -93,19 +93,23 @@ def account(label: str, artefact: Artefact) -> Account:
 
 def mixture(plan: Artefact, train: Artefact | None) -> tuple[TaskMixture, ...]:
     """The plan's mixture, with what training really saw beside it."""
-    realised = _realised(plan, train) if train is not None else {}
+    return mixture_lines(plan.facts["mixture"], _realised(plan, train) if train is not None else None)
+
+
+def mixture_lines(lines: Sequence[Mapping[str, Any]], realised: Mapping[str, Amount] | None = None) -> tuple[TaskMixture, ...]:
+    """The mixture of a plan's facts; `realised` is what training saw of each task, None before training."""
     return tuple(
         TaskMixture(
             task=line["task"],
             available=_amount(line, "available"),
             planned=_amount(line, "planned"),
-            realised=realised.get(line["task"], Amount(0, 0, 0)) if train is not None else None,
+            realised=realised.get(line["task"], Amount(0, 0, 0)) if realised is not None else None,
             promised_share=line["promised_share"],
             visits_per_record=line["visits_per_record"],
             most_visits=line["most_visits"],
             is_capped=line["is_capped"],
         )
-        for line in plan.facts["mixture"]
+        for line in lines
     )
 
 
@@ -118,11 +122,14 @@ def _realised(plan: Artefact, train: Artefact) -> dict[str, Amount]:
     trained = read_table(train.file("steps.parquet"), STEPS)
     parts = trained["part"].cast(pa.string())
     num_steps = len(pc.unique(trained.filter(pc.equal(parts, "all"))["step"]))
-    steps = read_table(plan.file("steps.parquet"), PLAN_STEPS).slice(0, num_steps)
+    placed, stepped = plan.path / "placements.parquet", plan.path / "steps.parquet"
+    if (train.path / "plan_steps.parquet").exists():  # an online mixture: the plan as it became
+        placed, stepped = train.file("placements.parquet"), train.file("plan_steps.parquet")
+    steps = read_table(stepped, PLAN_STEPS).slice(0, num_steps)
     end = max(
         (first + num for first, num in zip(*(steps[n].to_pylist() for n in ("first_row", "num_rows")), strict=True)), default=0
     )
-    placements = read_table(plan.file("placements.parquet"), PLACEMENTS)
+    placements = read_table(placed, PLACEMENTS)
     placements = placements.filter(pc.less(placements["row"], end))
     tasks = read_table(plan.file("planned.parquet"), PLANNED_SCHEMA)["task"].combine_chunks()
     names = tasks.dictionary.to_pylist()

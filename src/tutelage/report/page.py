@@ -21,8 +21,10 @@ from tutelage.report import charts, tables, verdict
 from tutelage.report.data import ReportData, Run, SamplePair
 from tutelage.report.flow import flow_svg
 from tutelage.report.look import chunks, emphasis, visible
+from tutelage.report.plan_context import plan_context
 
 _FILES = ("page.html.j2", "page.css", "page.js")
+_PARTS = ("macros.html.j2", "plan_section.html.j2")
 _HOVER_TOKENS = 12
 _EXCERPT_CHARS = 600
 
@@ -30,7 +32,7 @@ _EXCERPT_CHARS = 600
 def render_page(data: ReportData) -> str:
     """The whole page. Raises `MissingExtra` without Altair."""
     template, css, js = (package_file(name) for name in _FILES)
-    page = _environment().from_string(template)
+    page = environment().from_string(template)
     return page.render(
         data=data,
         policy=content_policy(css, js),
@@ -39,17 +41,19 @@ def render_page(data: ReportData) -> str:
         version=tutelage.__version__,
         sections=list(_sections(data)),
         is_trained=any(task.realised for task in data.mixture),
+        has_plan=data.plan is not None,
         kinds=[kind.name.lower() for kind in Kind],
         ended=_ended(data.samples),
         **_verdict(data),
         **_tables(data),
         **_charts(data),
+        **(plan_context(data.plan) if data.plan is not None else {}),
     )
 
 
 def page_digest() -> str:
     """Digest of template, style and script: a page made by another version of them is another page."""
-    return hashlib.blake2b("\0".join(package_file(name) for name in _FILES).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b("\0".join(package_file(name) for name in (*_FILES, *_PARTS)).encode(), digest_size=16).hexdigest()
 
 
 def package_file(name: str) -> str:
@@ -75,9 +79,11 @@ def _source(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_final, trim_blocks=True)
-    environment.filters |= {
+def environment() -> jinja2.Environment:
+    """Autoescape, the filters of our pages, and templates that lie beside this module."""
+    loader = jinja2.FunctionLoader(package_file)
+    made = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_final, trim_blocks=True, loader=loader)
+    made.filters |= {
         "write": tables.write,
         "spoken": tables.spoken,
         "plural": tables.plural,
@@ -86,8 +92,18 @@ def _environment() -> jinja2.Environment:
         "chunks": lambda run: chunks(run, _HOVER_TOKENS),
         "hover": _hover,
         "excerpt": lambda text: text if len(text) <= _EXCERPT_CHARS else text[:_EXCERPT_CHARS] + "…",
+        "sentence": sentence,
     }
-    return environment
+    return made
+
+
+def sentence(text: str) -> str:
+    """A remark as a sentence of the page.
+
+    >>> sentence("coverage: 3 tasks")
+    'Coverage: 3 tasks.'
+    """
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
 def _final(value: Any) -> Any:

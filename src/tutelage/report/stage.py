@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from tutelage.report.spec import ReportSpec
@@ -12,6 +13,10 @@ from tutelage.store import Artefact, Counts, Outcome, Progress, Stage
 
 if TYPE_CHECKING:
     from tutelage.report.gather import Weigh
+    from tutelage.report.plan_view import PlanView
+
+Told = Callable[[Artefact], Mapping[str, Any]]
+"""What another room makes of an artefact, as plain values."""
 
 _SHOWN = (
     "read",
@@ -39,13 +44,14 @@ def report_stage(
     spec: ReportSpec,
     weigh: Weigh,
     model: str = "",
-    audited: Callable[[Artefact], Mapping[str, Any]] | None = None,
+    told: Mapping[str, Told] = MappingProxyType({}),
 ) -> Stage:
     """The box `report`. `boxes` are the run's other boxes by label; `train` and both measures may be missing.
 
     `recipe` is the resolved recipe with the origin of each value. `weigh` gives the loss weight of each token of an example,
     f32 (T,): the plan's rule, which this room may not know. It changes only with the plan, so the plan's key covers it.
-    `model` is the name of the starting model, for the model card; `audited` judges the audit under the recipe's thresholds.
+    `model` is the name of the starting model, for the model card. `told` holds by label what else other
+    rooms make of an artefact: `audit` judges it under the recipe's thresholds, `plan` gives the numbers of its pictures.
     """
     from tutelage.report.page import page_digest
 
@@ -58,11 +64,19 @@ def report_stage(
         from tutelage.report.page import render_page
 
         data = gather(artefacts, title=spec.title or name, recipe=recipe, name=name, spec=spec, weigh=weigh)
-        found = audited(artefacts["audit"]) if audited is not None and "audit" in artefacts else {}
-        data = dataclasses.replace(data, base_model=model, audit=found)
+        found = told["audit"](artefacts["audit"]) if told.keys() & artefacts.keys() >= {"audit"} else {}
+        view = _plan_view(artefacts["plan"], spec, told["plan"]) if "plan" in told else None
+        data = dataclasses.replace(data, base_model=model, audit=found, plan=view)
         page = render_page(data).encode("utf-8", "replace")
         (folder / "report.html").write_bytes(page)
         (folder / "model_card.md").write_text(model_card(data), encoding="utf-8", errors="replace")
         return Outcome(Counts(1, 1), {"size_bytes": len(page), "num_examples": len(data.examples)})
 
     return Stage("report", 1, wanted, build, inputs=inputs, packages=("altair", "vl-convert-python", "jinja2"))
+
+
+def _plan_view(plan: Artefact, spec: ReportSpec, pictured: Told) -> PlanView:
+    """The plan's pictures and tables."""
+    from tutelage.report.plan_view import plan_view, read_arrays
+
+    return plan_view(read_arrays(plan), plan.facts, pictured(plan), spec.coverage)

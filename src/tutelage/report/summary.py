@@ -40,8 +40,12 @@ class Summary:
         data = ReportData(title="", recipe_name="", recipe_text="", changes=self.changes)
         out = [verdict.headline(data), *verdict.by_task(data.task_changes)] if self.changes else []
         out += [str(note) for note in self.plan_facts.get("notes", ())] if not self.changes else []
+        return [*out, *self.done_lines()]
+
+    def done_lines(self) -> list[str]:
+        """How many stages ran, and where to look."""
         did = f"{tables.plural(len(self.accounts), 'stage')}, {self.num_built} run now, the rest from the store"
-        return [*out, did, *(str(path) for path in self.files)]
+        return [did, *(str(path) for path in self.files)]
 
     def as_json(self) -> dict[str, Any]:
         """Everything as plain values."""

@@ -386,7 +386,23 @@ def steps_table(facts: Mapping[str, Any]) -> Table:
         ("packing_efficiency", "packing efficiency", "share"),
     )
     rows = [(label, write(facts[key], style)) for key, label, style in names if facts.get(key) is not None]
+    rows += [(_HELD_BY_STEPS[name], _spread(held, name)) for name, held in facts.get("steps", {}).items()]
     return Table("Steps", (Column("fact", "fact"), Column("value", "value")), tuple(rows))
+
+
+_HELD_BY_STEPS = {
+    "weight": "loss weight per step",
+    "real_tokens": "real tokens per step",
+    "examples": "examples per step",
+    "padding_share": "padding per step",
+}
+
+
+def _spread(held: Mapping[str, float], name: str) -> str:
+    least, median, most = (
+        write(held[word], "share") if name == "padding_share" else f"{held[word]:,.0f}" for word in ("least", "median", "most")
+    )
+    return f"{least} to {most}, median {median}"
 
 
 def fact_rows(facts: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

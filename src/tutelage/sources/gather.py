@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +34,8 @@ FEW = 32
 REPEATED_COLUMNS = ["file", "task", "licence", "origin", "turns.list.element.role"]
 """Of conversations.parquet: what is written as a code per value; texts and keys hardly ever repeat."""
 ROW_UNKNOWN = -1
+LARGEST_WEIGHT = 3e38
+"""What a 32-bit number holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,29 @@ class Labels:
         if len(labels) < len(values):
             return None
         return list(zip(*labels, strict=True)) if columns else [[label] * len(records) for label in labels[0]]
+
+    def weight(self, record: Record) -> float:
+        """The weight that a record states for itself, 1 where the recipe names no field; Malformed for what is none."""
+        name = self.spec.weight_field
+        if name is None:
+            return 1.0
+        value = record.get(name)
+        if type(value) is str:  # csv knows only texts
+            with contextlib.suppress(ValueError):
+                value = float(value)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= LARGEST_WEIGHT:
+            found = "absent" if value is None else repr(value)[:40]
+            raise Malformed("bad_weight", f"`{name}` is {found}; a weight is a number of 0 or more")
+        return float(value)
+
+    def weights_of_all(self, records: Sequence[Record]) -> Sequence[float] | None:
+        """As `weight` for each of many records; None when one of them states none."""
+        if self.spec.weight_field is None:
+            return ()
+        try:
+            return [self.weight(record) for record in records]
+        except Malformed:
+            return None
 
     def _of_texts(self, values: Sequence[str]) -> tuple[str, str, str] | None:
         try:
@@ -197,6 +224,8 @@ class Gatherer:
     dropped: DroppedWriter
     num_kept: int = 0
     num_records: int = 0
+    weights: array[float] = field(default_factory=lambda: array("d"))
+    """What each kept record states as its weight; empty where the recipe names no field."""
     _columns: ConversationColumns = field(default_factory=ConversationColumns)
     _turns: list[TurnRow] = field(default_factory=list)
     _num_characters: int = 0
@@ -236,7 +265,7 @@ class Gatherer:
         if spec.columns is not None:
             templates = [spec.columns.user, spec.columns.assistant, spec.columns.system or ""]
             needed = [*needed, *(name for template in templates if template for name in placeholders(template))]
-        check_columns(sample, needed)
+        check_columns(sample, [*needed, *([spec.weight_field] if spec.weight_field else [])])
         decision = choose(sample) if spec.shape == "auto" else Decision(spec.shape, "as the recipe says")
         return chain([first], blocks), decision
 
@@ -257,9 +286,10 @@ class Gatherer:
         records = parse_all(block.items) if kinds == {bytes} else block.items if kinds == {dict} else None
         if records is None or (labels := self.labels.of_all(records)) is None or (texts := bulk(records)) is None:
             return False
+        weights = self.labels.weights_of_all(records)
         num_characters = sum(map(len, texts.contents))
         contents = encoded(texts.contents) if num_characters < CHARACTERS_PER_GROUP else None
-        if contents is None:
+        if contents is None or weights is None:
             return False
         content_keys, prompt_keys = keys_of_all(texts.orders, texts.contents)
         self._unload()
@@ -272,6 +302,7 @@ class Gatherer:
         for column, values in zip((columns.task, columns.licence, columns.origin), labels, strict=True):
             column += values
         columns.tools += [None] * len(records)
+        self.weights.extend(weights)
         columns.num_turns += map(len, texts.orders)
         columns.add_plain_turns([ROLE_OF_LETTER[letter] for letter in "".join(texts.orders)], contents)
         self._count(len(records), num_characters)
@@ -290,9 +321,11 @@ class Gatherer:
                 if type(labels) is Refusal:
                     self._refuse(file, line, labels, split_instances(record) if is_task else (record,))
                     continue
+                weight = self.labels.weight(record)
                 if not is_task:
                     turns, tools = convert(record)
                     self._keep(file, line, 0, labels, turns, tools)
+                    self._weigh(weight)
                     continue
                 parts = split_instances(record)
             except Malformed as error:
@@ -302,6 +335,7 @@ class Gatherer:
                 try:
                     turns, tools = convert(_as_record(instance))
                     self._keep(file, line, part, labels, turns, tools)
+                    self._weigh(weight)
                 except Malformed as error:
                     self._set_aside(file, line, error, instance, part=part)
 
@@ -319,6 +353,10 @@ class Gatherer:
         columns.num_turns.append(len(turns))
         self._turns += turns
         self._count(1, sum(len(turn[1]) for turn in turns))
+
+    def _weigh(self, weight: float) -> None:
+        if self.labels.spec.weight_field is not None:
+            self.weights.append(weight)
 
     def _count(self, num_records: int, num_characters: int) -> None:
         self.num_records += num_records

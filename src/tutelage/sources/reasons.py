@@ -30,6 +30,7 @@ MALFORMED = {
     "stray_tool_result": "a tool's turn that follows neither an assistant's nor a tool's",
     "bad_tool_call": "tool calls or tool descriptions that are no list of objects with a name",
     "bad_label": "a task, licence or origin column without a usable value",
+    "bad_weight": "the source's `weight_field` holds no number of 0 or more",
 }
 """Codes that count as bad records: above `intake.max_bad_share` of a file the run stops."""
 

@@ -49,6 +49,9 @@ class SourceSpec(Spec):
     """A column that holds each record's origin, where it varies."""
     weight: float = Field(default=1.0, ge=0.0)
     """Multiplies the loss weight of every token of this source."""
+    weight_field: str | None = None
+    """A field at the top of each record that holds its own weight (a quality score, say), a number of 0 or more: it multiplies
+    the loss weight of the record's tokens. A record without a usable one is set aside."""
     max_records: int | None = Field(default=None, ge=1)
     """Keep a seeded uniform sample of so many records (never the first ones)."""
 

@@ -21,12 +21,14 @@ from tutelage.sources.scan import Block
 from tutelage.sources.spec import IntakeSpec, SourceSpec, SplitSpec
 from tutelage.sources.split import add_sides, count_sides, held_out_flags, notes_on
 from tutelage.store import Artefact, Counts, Outcome, Progress, Stage, Store
-from tutelage.tables import SPLIT, read_dropped
+from tutelage.tables import RECORD_WEIGHTS, SPLIT, read_dropped, read_table, write_table
 
 CONVERSATIONS_FILE = "conversations.parquet"
 DROPPED_FILE = "dropped.parquet"
+WEIGHTS_FILE = "weights.parquet"  # only where the recipe names a `weight_field`
 SPLIT_FILE = "split.parquet"
 _NOT_IN_KEY = {"path", "dataset", "weight"}
+_NO_WEIGHTS = ("weight_field", None)
 
 
 def read_stage(name: str, spec: SourceSpec, *, intake: IntakeSpec, base: Path, store: Store) -> Stage:
@@ -50,7 +52,7 @@ def read_stage(name: str, spec: SourceSpec, *, intake: IntakeSpec, base: Path, s
     ingredients = {
         "files": digests,
         "source": name,
-        "spec": {key: value for key, value in spec.canonical().items() if key not in _NOT_IN_KEY},
+        "spec": {key: value for key, value in spec.canonical().items() if key not in _NOT_IN_KEY and (key, value) != _NO_WEIGHTS},
         "intake": {key: value for key, value in intake.canonical().items() if key != "max_bad_share"},
         "unicode": unicodedata.unidata_version,  # normalisation follows its tables
     }
@@ -81,6 +83,10 @@ def _read(folder: Path, data: list[DataFile] | HubData, labels: Labels, progress
             raise DataError(told if told.startswith(name) else f"{name}: {told}") from error
     gatherer.close()
     num_kept = gatherer.num_kept
+    if labels.spec.weight_field is not None:
+        weights = pa.table({"weight": np.asarray(gatherer.weights)}, schema=RECORD_WEIGHTS)
+        assert len(weights) == num_kept, "one weight per record"
+        write_table(folder / WEIGHTS_FILE, weights)
     if labels.spec.max_records is not None and num_kept > labels.spec.max_records:
         num_kept = _sample(gatherer.path, labels.spec.max_records, dropped)
     dropped.close()
@@ -113,6 +119,9 @@ def _sample(path: Path, max_records: int, dropped: DroppedWriter) -> int:
     assert writer is not None
     writer.close()
     sampled.replace(path)
+    weights = path.with_name(WEIGHTS_FILE)
+    if weights.exists():
+        write_table(weights, read_table(weights, RECORD_WEIGHTS).filter(pa.array(is_kept)))
     return max_records
 
 

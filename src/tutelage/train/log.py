@@ -177,5 +177,10 @@ def means(group: str, tallies: Mapping[str, Tally]) -> dict[str, float]:
 
 def held_out_scalars(measurement: Measurement) -> dict[str, float]:
     """The held-out loss, whole and by task, as trackers draw it."""
-    by_task = {s.task: s.value for s in measurement.scores if s.item == "" and s.metric == "nll" and s.task}
+    by_task = losses_by_task(measurement)
     return {"held_out_loss": measurement.loss} | {f"held_out/{task}": value for task, value in by_task.items()}
+
+
+def losses_by_task(measurement: Measurement) -> dict[str, float]:
+    """The held-out loss of each task that was measured, in nats per learned token."""
+    return {s.task: s.value for s in measurement.scores if s.item == "" and s.metric == "nll" and s.task}

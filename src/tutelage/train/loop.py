@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import signal
 import threading
@@ -13,13 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from tutelage.errors import TrainError
 from tutelage.records import Batch, StepReport
-from tutelage.store import Json, Progress, Silent
-from tutelage.train.log import EventLog, MeasureLog, Measurement, Pace, StepLog, held_out_scalars, scalars
+from tutelage.store import Json, Progress, Silent, write_atomic
+from tutelage.train.log import EventLog, MeasureLog, Measurement, Pace, StepLog, held_out_scalars, losses_by_task, scalars
 from tutelage.train.micro import Names, tally
 from tutelage.train.optimizer import Optimizer
 from tutelage.train.schedule import learning_rate_at
@@ -30,6 +32,29 @@ from tutelage.train.trackers import Tracker, open_trackers
 
 Measure = Callable[[Any, int], Measurement | None]
 """`measure(model, steps_done)`: what the model scores now, or None where there is nothing to say at this step."""
+
+
+@runtime_checkable
+class Mixing(Protocol):
+    """Batches whose mixture is decided while training goes on, by the held-out loss of each task; made by another room."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether something is to be decided before this step."""
+
+    def look(self, step: int, losses: Mapping[str, float]) -> Mapping[str, Json] | None:
+        """What was decided after a measurement of these losses by task, None where nothing was due."""
+
+    def history(self) -> Sequence[Mapping[str, Json]]:
+        """All that was decided so far, a line each."""
+
+    def state(self) -> dict[str, Json]:
+        """What checkpoints keep."""
+
+    def restore(self, state: Mapping[str, Json]) -> None:
+        """Nothing; goes on from a state."""
+
+    def write(self, folder: Path, steps_done: int) -> None:
+        """Nothing; placements.parquet and plan_steps.parquet tell which documents these steps held."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -92,6 +117,9 @@ def train(
     gone on from, to the bit on a CPU with the same number of threads. Ctrl-C and SIGTERM finish the step, write a
     checkpoint and raise `Stopped`; a second one ends the process at once. The caller's random state is left as it was.
 
+    `batches` that are `Mixing` hear of every measurement, are measured when they are due, and are as they were after a resume;
+    what they decide is an event, and a line of `mixture.jsonl`.
+
     Raises `TrainError` when numbers are not finite, a step has no weight, or the checkpoints are of another run.
     """
     device = next(model.parameters()).device
@@ -121,6 +149,7 @@ class _Run:
         tenth, quarter = math.ceil(self.num_steps / 10), math.ceil(self.num_steps / 4)
         self.save_every = task.spec.checkpoint_every_steps or max(1, tenth)
         self.measure_every = task.watch.every_steps or max(1, quarter)
+        self.mixing = batches if isinstance(batches, Mixing) else None
         self.recent: deque[StepReport] = deque(maxlen=10)
         self.trackers: list[Tracker] = []
 
@@ -132,6 +161,9 @@ class _Run:
             self.saved = self.position
             self.optimizer.restore(dict(snapshot.weights), dict(snapshot.optimizer))
             set_random_state(snapshot.random, self.device)
+            if self.mixing is not None and self.position.mixing is not None:
+                self.mixing.restore(self.position.mixing)
+        self._write_mixture()
         self.events = EventLog(self.folder / "events.jsonl", self.position.events_bytes)
         self.steps = StepLog(self.folder / "steps.parquet", self.position.step)
         self.measurements = MeasureLog(self.folder, self.position.measured_step)
@@ -144,6 +176,8 @@ class _Run:
 
     def finish(self, measure: Measure | None, asked: list[int]) -> Result:
         """How the run ended. Between steps, in this order: measure, save, stop."""
+        if self.mixing is not None and measure is None:
+            raise TrainError("mix.schedule: an online mixture follows held-out losses, and nothing is measured in this run")
         self.model.train()
         self.progress.start("train", total=self.num_steps, unit="step")
         self.progress.advance(self.position.step)
@@ -173,6 +207,7 @@ class _Run:
     def _is_measuring_due(self) -> bool:
         step = self.position.step
         is_due = step % self.measure_every == 0 or step == self.num_steps
+        is_due = is_due or (self.mixing is not None and self.mixing.is_due(step))
         return is_due and not self.position.is_stopped and self.position.measured_step != step
 
     def _is_saving_due(self) -> bool:
@@ -243,6 +278,21 @@ class _Run:
         self.position = dataclasses.replace(self.position, measured_step=self.position.step, measure_seconds=seconds)
         if found is not None:
             self._judge(found)
+        if self.mixing is not None:
+            self._mix(self.mixing, losses_by_task(found) if found is not None else {})
+
+    def _mix(self, mixing: Mixing, losses: Mapping[str, float]) -> None:
+        """Nothing; the batches know how each task is doing, and what they decide is kept and written down."""
+        decided = mixing.look(self.position.step, losses)
+        self.position = dataclasses.replace(self.position, mixing=mixing.state())
+        if decided is not None:
+            self._write_mixture()
+            self.events.add("mixture", step=self.position.step, **decided)
+
+    def _write_mixture(self) -> None:
+        if self.mixing is not None:
+            lines = [json.dumps(line, sort_keys=True) for line in self.mixing.history()]
+            write_atomic(self.folder / "mixture.jsonl", "".join(f"{line}\n" for line in lines).encode())
 
     def _judge(self, found: Measurement) -> None:
         step, best, watch = self.position.step, self.position.best_loss, self.task.watch
@@ -295,6 +345,8 @@ class _Run:
             self.optimizer.restore(dict(self.checkpoints.load(final).weights))
         if final == 0 and step > 0:
             self.progress.note("the held-out loss never fell below that of the starting model, which is therefore kept")
+        if self.mixing is not None:
+            self.mixing.write(self.folder, step)
         self.optimizer.zero()
         self.model.eval()
         return Result(self.position, final, self.num_steps, self.optimizer.num_weights)

@@ -3,6 +3,7 @@
 model/                        the adapter or the whole model, tokenizer, chat template, generation config
 steps.parquet, events.jsonl   every step and event          evals.parquet, samples.parquet   every measurement
 checkpoints/                  the last few and the best     dropped.parquet                  planned, never reached
+mixture.jsonl, placements.parquet, plan_steps.parquet      of an online mixture: what was decided, and what it came to
 """
 
 from __future__ import annotations
@@ -202,21 +203,27 @@ class _Training:
     def _account(self, steps_done: int) -> Counts:
         """Planned examples: those met in some step, and those that early stopping left out, listed in dropped.parquet."""
         plan = self.artefacts["plan"]
-        steps = tables.read_table(plan.file("steps.parquet"), tables.PLAN_STEPS).slice(0, steps_done)
+        is_online = (self.folder / "plan_steps.parquet").exists()
+        stepped, placed = (plan.path / name for name in ("steps.parquet", "placements.parquet"))
+        if is_online:
+            stepped, placed = self.folder / "plan_steps.parquet", self.folder / "placements.parquet"
+        steps = tables.read_table(stepped, tables.PLAN_STEPS).slice(0, steps_done)
         end = max((a + n for a, n in zip(*(steps[c].to_pylist() for c in ("first_row", "num_rows")), strict=True)), default=0)
-        placements = tables.read_table(plan.file("placements.parquet"), tables.PLACEMENTS)
+        placements = tables.read_table(placed, tables.PLACEMENTS)
         rows, examples = placements["row"].to_numpy(), placements["example"].to_numpy()
         planned = tables.read_table(plan.file("planned.parquet"), tables.PLANNED)
         is_met = np.zeros(planned.num_rows, bool)
         is_met[examples[rows < end]] = True
         unmet = planned.filter(pa.array(~is_met))
-        detail = f"the run ended after step {steps_done}, before this record's first visit"
+        reason, detail = "early_stopping", f"the run ended after step {steps_done}, before this record's first visit"
+        if is_online:
+            reason, detail = "not_drawn", f"in {steps_done} steps the online mixture never came to this record"
         dropped = [
-            Dropped(source, "", 0, row, "early_stopping", detail)
+            Dropped(source, "", 0, row, reason, detail)
             for source, row in zip(unmet["source"].to_pylist(), unmet["row"].to_pylist(), strict=True)
         ]
         tables.write_records(self.folder / "dropped.parquet", tables.DROPPED, dropped)
-        return Counts(planned.num_rows, int(is_met.sum()), {"early_stopping": len(dropped)} if dropped else {})
+        return Counts(planned.num_rows, int(is_met.sum()), {reason: len(dropped)} if dropped else {})
 
 
 def _decide(spec: TrainSpec, before: Artefact | None) -> dict[str, Json]:

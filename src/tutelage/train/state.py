@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tutelage.errors import TrainError
-from tutelage.store import MANIFEST, Progress, Silent, canonical_json, digest_bytes, fault_point, sync_folder, write_atomic
+from tutelage.store import MANIFEST, Json, Progress, Silent, canonical_json, digest_bytes, fault_point, sync_folder, write_atomic
 
 POSITION = "position.json"
 
@@ -31,7 +31,8 @@ POSITION = "position.json"
 class Position:
     """Where a run is. `step` optimizer steps are done, so it is the number of the next; the data need nothing else.
 
-    `best_step` and `best_loss` are None until something was measured; `num_without_gain` counts measurements since.
+    `best_step` and `best_loss` are None until something was measured; `num_without_gain` counts measurements since. `mixing`
+    is the state of an online mixture, None where all steps were planned ahead.
     """
 
     step: int = 0
@@ -44,6 +45,7 @@ class Position:
     train_seconds: float = 0.0
     measure_seconds: float = 0.0
     events_bytes: int = 0
+    mixing: dict[str, Json] | None = None
 
 
 @dataclass(frozen=True)
