@@ -14,13 +14,15 @@ import os
 import selectors
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from tutelage.store import Progress
 
 Job = Callable[[Progress], None]
 _PR_SET_PDEATHSIG = 1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def num_processes() -> int:
@@ -51,46 +53,170 @@ class _Told:
         os.write(self._pipe, (json.dumps(text) + "\n").encode())
 
 
-@dataclass
-class _Child:
-    pid: int
-    pipe: int
-    said: bytearray = field(default_factory=bytearray)
-
-
-def do_ahead(jobs: Sequence[Job], *, processes: int, progress: Progress, meanwhile: Callable[[], None] | None = None) -> None:
+def do_ahead(
+    jobs: Sequence[Job],
+    *,
+    processes: int,
+    progress: Progress,
+    then: Sequence[Job] = (),
+    meanwhile: Callable[[], None] | None = None,
+) -> None:
     """Does the jobs, so many at a time, in their order. Returns when all have ended, whatever became of them.
 
-    The children take numbers of jobs from one pipe, so each goes on as long as there is work, and opens nothing twice.
-    `meanwhile` is done in this process, beside them.
+    `then` are jobs that follow: the i-th when the i-th of `jobs` has ended, in children that are forked when `meanwhile` is over,
+    which this process does beside the first ones. Children take numbers of jobs from a pipe, so each goes on as long as there is
+    work, and opens nothing twice.
     """
-    tickets, issue = os.pipe()
-    os.write(issue, b"".join(number.to_bytes(_TICKET, "big") for number in range(len(jobs))))
-    os.close(issue)
-    children: dict[int, _Child] = {}
-    with selectors.DefaultSelector() as selector:
-        try:
-            for _ in range(min(processes, len(jobs))):
-                child = _fork(jobs, tickets)
-                children[child.pipe] = child
-                selector.register(child.pipe, selectors.EVENT_READ)
-            if meanwhile is not None:
-                meanwhile()
-            while children:
-                for key, _ in selector.select():
-                    child = children[key.fd]
-                    if not _listen(child, progress):
-                        selector.unregister(child.pipe)
-                        del children[child.pipe]
-                        os.close(child.pipe)
-                        os.waitpid(child.pid, 0)
-        finally:
-            os.close(tickets)
-            for child in children.values():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child.pid, signal.SIGKILL)
-                os.waitpid(child.pid, 0)
-                os.close(child.pipe)
+    children, ready = _Children(progress), list[int]()
+    first, following = _Tickets(), _Tickets()
+    try:
+        first.issue(range(len(jobs)))
+        first.close()
+        for _ in range(min(processes, len(jobs))):
+            children.start(jobs, first, ended=ready.append)
+        if meanwhile is not None:
+            meanwhile()
+        num_more, num_idle = min(processes, len(then)), 0
+
+        def is_idle(_: int) -> None:
+            nonlocal num_idle
+            num_idle += 1
+
+        while children or num_more:
+            while num_more and len(children) < processes:
+                children.start(then, following, ended=is_idle)
+                num_more, num_idle = num_more - 1, num_idle + 1
+            while ready and num_idle:
+                following.issue([min(ready)])  # the first of them, not the one that was ready first
+                ready.remove(min(ready))
+                num_idle -= 1
+            if not ready and not children.at_work(jobs):
+                following.close()  # who waits for more work ends
+            children.listen()
+    finally:
+        children.kill()
+        first.discard()
+        following.discard()
+
+
+class _Tickets:
+    """Numbers of jobs in a pipe, each taken by one child."""
+
+    def __init__(self) -> None:
+        self._take, self._issue = os.pipe()
+        self._is_open = True
+
+    def issue(self, numbers: Iterable[int]) -> None:
+        os.write(self._issue, b"".join(number.to_bytes(_TICKET, "big") for number in numbers))
+
+    def take(self) -> int | None:
+        """The next number; None when there will be no more."""
+        ticket = os.read(self._take, _TICKET)
+        return int.from_bytes(ticket, "big") if ticket else None
+
+    def close(self) -> None:
+        """No more are issued from here."""
+        if self._is_open:
+            os.close(self._issue)
+            self._is_open = False
+
+    def discard(self) -> None:
+        self.close()
+        os.close(self._take)
+
+
+class _Children:
+    """The children at work, and what they say: notes, and the number of each job that has ended."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._selector = selectors.DefaultSelector()
+        self._by_pipe: dict[int, _Child] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_pipe)
+
+    def at_work(self, jobs: Sequence[Job]) -> bool:
+        """Whether a child does these jobs."""
+        return any(child.jobs is jobs for child in self._by_pipe.values())
+
+    def start(self, jobs: Sequence[Job], tickets: _Tickets, *, ended: Callable[[int], None]) -> None:
+        """A child that does jobs by their tickets; `ended` is called here with the number of each that has ended."""
+        here, there = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        parent = os.getpid()
+        pid = os.fork()
+        if not pid:
+            os.close(here)
+            _work(jobs, tickets, there, parent)
+        os.close(there)
+        self._by_pipe[here] = _Child(pid, here, jobs, ended)
+        self._selector.register(here, selectors.EVENT_READ)
+
+    def listen(self) -> None:
+        """Waits for something to be said, or for a child to end."""
+        for key, _ in self._selector.select() if self._by_pipe else ():
+            child = self._by_pipe[key.fd]
+            if not child.listen(self._progress):
+                self._end(child)
+
+    def _end(self, child: _Child) -> None:
+        self._selector.unregister(child.pipe)
+        del self._by_pipe[child.pipe]
+        os.close(child.pipe)
+        os.waitpid(child.pid, 0)
+
+    def kill(self) -> None:
+        """Ends all that are left."""
+        for child in list(self._by_pipe.values()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGKILL)
+            self._end(child)
+        self._selector.close()
+
+
+@dataclass
+class _Child:
+    """A forked process, the pipe that it speaks through, the jobs that it does and whom to tell of their ends."""
+
+    pid: int
+    pipe: int
+    jobs: Sequence[Job]
+    ended: Callable[[int], None]
+    said: bytearray = field(default_factory=bytearray)
+
+    def listen(self, progress: Progress) -> bool:
+        """Passes on what is said: texts are notes, numbers jobs that have ended. False when the child has."""
+        heard = os.read(self.pipe, 1 << 16)
+        self.said += heard
+        *lines, rest = bytes(self.said).split(b"\n")
+        self.said = bytearray(rest)
+        for line in lines:
+            said = json.loads(line)
+            if isinstance(said, str):
+                progress.note(said)
+                continue
+            progress.advance(1)
+            self.ended(said)
+        return bool(heard)
+
+
+def _work(jobs: Sequence[Job], tickets: _Tickets, there: int, parent: int) -> NoReturn:
+    """What a child does, to its end."""
+    try:
+        tickets.close()  # only the parent's issuing counts
+        _die_with(parent)
+        _keep_memory()
+        gc.freeze()  # what the parent made is not looked through again and again
+        gc.set_threshold(_COLLECT_AFTER)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are the parent's
+        while (number := tickets.take()) is not None:
+            with contextlib.suppress(Exception):  # the parent meets it again when it does the work itself
+                jobs[number](_Told(there))
+            os.write(there, f"{number}\n".encode())
+    finally:
+        os._exit(0)  # no exit handlers, no buffers: those are the parent's
 
 
 _TICKET = 2
@@ -99,42 +225,12 @@ _COLLECT_AFTER = 50_000
 """New objects between two looks for garbage: records come and go by tens of thousands, and hardly any is in a cycle."""
 
 
-def _listen(child: _Child, progress: Progress) -> bool:
-    """Passes on what a child says: notes, and null for a job that has ended. False when the child has."""
-    heard = os.read(child.pipe, 1 << 16)
-    child.said += heard
-    *lines, rest = bytes(child.said).split(b"\n")
-    child.said = bytearray(rest)
-    for line in lines:
-        note = json.loads(line)
-        if note is None:
-            progress.advance(1)
-        else:
-            progress.note(note)
-    return bool(heard)
-
-
-def _fork(jobs: Sequence[Job], tickets: int) -> _Child:
-    here, there = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    parent = os.getpid()
-    pid = os.fork()
-    if pid:
-        os.close(there)
-        return _Child(pid, here)
-    try:
-        os.close(here)
-        _die_with(parent)
-        gc.freeze()  # what the parent made is not looked through again and again
-        gc.set_threshold(_COLLECT_AFTER)
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are the parent's
-        while ticket := os.read(tickets, _TICKET):
-            with contextlib.suppress(Exception):  # the parent meets it again when it does the work itself
-                jobs[int.from_bytes(ticket, "big")](_Told(there))
-            os.write(there, b"null\n")
-    finally:
-        os._exit(0)  # no exit handlers, no buffers: those are the parent's
+def _keep_memory() -> None:
+    """Arrays of a batch take the place of the last one's: giving pages back and taking new ones costs a tenth of the time."""
+    with contextlib.suppress(AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def _die_with(parent: int) -> None:

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -142,8 +143,13 @@ def build_pipeline(file: RecipeFile, *, store: Store) -> Pipeline:
         return stage
 
     reads, rewrites, screens = {}, {}, {}
-    for name, source in recipe.sources.items():
-        reads[name] = add(read_stage(name, source, intake=recipe.intake, base=file.folder, store=store))
+    with ThreadPoolExecutor(num_processes(), "digest") as pool:  # files that were never seen are read for their digests
+        begun = {
+            name: pool.submit(read_stage, name, source, intake=recipe.intake, base=file.folder, store=store)
+            for name, source in recipe.sources.items()
+        }
+    for name in recipe.sources:
+        reads[name] = add(begun[name].result())
         if (rewrite := rewrite_stage(reads[name], rules=recipe.curate.rules)) is not None:
             rewrites[name] = add(rewrite)
         screens[name] = add(screen_stage(reads[name], rewrite=rewrites.get(name), rules=recipe.curate.rules))
@@ -348,9 +354,9 @@ def _build_sources_ahead(pipeline: Pipeline, labels: Sequence[str], progress: Pr
         jobs(BEFORE_RENDERING),
         processes=processes,
         progress=progress,
+        then=jobs(RENDERING),
         meanwhile=lambda: _open_tokenizer_ahead(pipeline, missing, progress),
     )
-    do_ahead(jobs(RENDERING), processes=processes, progress=progress)
     return {label for label in absent if pipeline.store.find(pipeline.stages[label]) is not None}
 
 

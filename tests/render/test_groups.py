@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from render.styles import CHATML, opened, talk
 from render.test_skeleton import TEMPLATES
+from tutelage.compiled import kernel
 from tutelage.errors import TemplateError
 from tutelage.records import LEARNED_KINDS, Kind, Turn
 from tutelage.render import groups
@@ -19,7 +20,7 @@ from tutelage.render.examples import Renderer
 from tutelage.render.finish import Block
 from tutelage.render.forms import EVERY, columns_of
 from tutelage.render.groups import Letters, arrow_texts, lay_together
-from tutelage.render.kernels import copy_stretches, count_learned, kernel, label_cells, trim
+from tutelage.render.kernels import copy_stretches, count_learned, label_cells, trim
 from tutelage.render.sheet import Sheet, sheet_of
 from tutelage.render.skeleton import Edit
 from tutelage.render.spec import RenderSpec
@@ -220,7 +221,7 @@ def test_kernels_do_what_their_loops_say():
     assert made[0] == made[1]
 
     kinds, turns = rng.integers(0, 8, 4_000).astype(np.uint8), rng.integers(-1, 2, 4_000).astype(np.int16)
-    weights, is_learned = rng.integers(0, 2, 80).astype(np.float32), np.isin(np.arange(256), LEARNED_KINDS)
+    weights, is_learned = rng.integers(0, 2, 80).astype(np.float32), np.uint32(sum(1 << kind for kind in LEARNED_KINDS))
     counts = []
     for how in (count_learned, kernel(count_learned)):
         counts.append(np.zeros(40, np.int64))

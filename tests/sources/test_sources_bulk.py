@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tutelage.records import Dropped
-from tutelage.sources import gather
+from tutelage.sources import gather, keys
 from tutelage.sources.chat import MORE_FIELDS
 from tutelage.sources.gather import DroppedWriter, Gatherer, GroupWriter, Labels
-from tutelage.sources.keys import ROLE_OF_LETTER, content_key, keys_of_all, prompt_key
+from tutelage.sources.keys import ROLE_OF_LETTER, content_key, keys_of_all, normalise, prompt_key
 from tutelage.sources.parse import parse, parse_all
 from tutelage.sources.reasons import Malformed
 from tutelage.sources.scan import Block
@@ -357,3 +357,14 @@ def test_what_fails_while_a_group_is_written_stops_the_reading(tmp_path: Path) -
             groups.write(ConversationColumns())
             with pytest.raises(OSError, match="disk full"):
                 groups.close() if fails_at == 1 else groups.write(ConversationColumns())
+
+
+@given(st.lists(st.text(st.sampled_from([*"aB ?!.\t\n\x1c", "é", "\u2003", "ß"]), max_size=9), min_size=1, max_size=9))
+def test_requests_are_folded_alike_by_the_loop_and_by_arrays(texts: list[str]) -> None:
+    """Kills a loop that collapses across texts, trims letters, or leaves nothing of a text that is all punctuation."""
+    folded = [text if text.isascii() else None if "é" in text else keys._fold(text) for text in texts]
+    joined = "\0".join(text or "" for text in folded).encode()
+    expected = keys._normalised(joined, folded)
+    assert keys._normalised_compiled(joined, folded) == expected
+    for text, found in zip(texts, expected, strict=True):
+        assert not text.isascii() or found == normalise(text).encode()

@@ -29,7 +29,8 @@ from tutelage.render.tokenizer import OpenTokenizer
 CHUNK_TEXTS = 4096
 """Texts per call of `tokenizers`: fewer leave cores idle, more cost memory and time."""
 CHECKED_PER_BATCH = 4
-_SAMPLE = 64
+_SAMPLE, _SAMPLE_BYTES = 64, 64_000
+"""Texts of every source that are compared with the reference, and about how many bytes of them; 8 texts at least."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,8 @@ class Chosen:
         """Ids and their number per text; EngineDiffers when one of the texts compared has others."""
         ids, counts = self.engine.encode(batch)
         if self.is_fast and len(batch):
-            num = CHECKED_PER_BATCH if self.num_compared >= _SAMPLE else _SAMPLE
+            most = _SAMPLE_BYTES * len(batch) // max(len(batch.data), 1)
+            num = CHECKED_PER_BATCH if self.num_compared else max(min(_SAMPLE, most), 8)
             self._compare(batch, ids, counts, np.unique(np.linspace(0, len(batch) - 1, num).astype(int)))
         return ids, counts
 

@@ -128,7 +128,7 @@ class Batch:
     ) -> None:
         """Sets examples aside that are wrong, forged or too long, and does what is to be done with each."""
         forged = np.zeros(len(sheet), bool)
-        hits = labels.cell[np.flatnonzero(self.encoder.is_special[encoded.ids])]
+        hits = labels.cell[self.encoder.find_special(encoded.ids)]
         hits = hits[sheet.from_data[hits]]
         forged[np.searchsorted(sheet.offsets, hits, "right") - 1] = True
         flags[forged] |= Flag.FORGED

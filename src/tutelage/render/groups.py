@@ -17,9 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tutelage.compiled import kernel
 from tutelage.records import Flag, Int64, UInt8
 from tutelage.render.forms import EVERY, Filler, Job, Layer, particular
-from tutelage.render.kernels import kernel, trim
+from tutelage.render.kernels import trim
 from tutelage.render.provenance import Refusal
 from tutelage.render.sheet import Cut, Sheet, cut_of
 from tutelage.render.skeleton import Edit

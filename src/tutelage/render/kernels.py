@@ -1,29 +1,15 @@
-"""Loops over arrays, compiled by numba: each has a counterpart in NumPy or Python that tests compare it with."""
+"""The loops of rendering, for `compiled.kernel`: copying, trimming, walking over tokens, labelling and counting them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any
-
 import numpy as np
 
+from tutelage.compiled import kernel
 from tutelage.records import Float32, Int64, UInt8
 
 WORD = 8
 WORTH_COMPILING = 100_000
 """Tokens from which a kernel is worth being compiled, or read from disk."""
-
-
-@cache
-def kernel(function: Callable[..., Any]) -> Any:
-    """A function of plain loops, compiled on first use for the types that it meets; from disk where a folder can be written."""
-    import numba
-
-    try:
-        return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # no folder that can be written: compile in every process
-        return numba.njit(nogil=True)(function)
 
 
 def load_kernels() -> None:
@@ -39,7 +25,7 @@ def load_kernels() -> None:
     frozen = np.frombuffer(b"a", np.uint8)
     kernel(walk)(ids, edges, word, word, frozen, edges, np.frombuffer(padded.tobytes(), np.uint8), words, edges, one, one, flag)
     kernel(label_cells)(none, none, one, byte, turn, byte, byte.copy(), turn.copy(), none, one.copy())
-    kernel(count_learned)(none.astype(np.uint8), turn[:0], none, none, np.zeros(0, np.float32), np.zeros(256, bool), none)
+    kernel(count_learned)(none.astype(np.uint8), turn[:0], none, none, np.zeros(0, np.float32), np.uint32(0), none)
 
 
 def copy_stretches(source: UInt8, starts: Int64, lengths: Int64, out: UInt8) -> None:
@@ -173,15 +159,23 @@ def count_learned(
     token_offsets: Int64,
     turn_offsets: Int64,
     turn_weights: Float32,
-    is_learned: np.ndarray,
+    learned: np.uint32,
     counts: Int64,
 ) -> None:
-    """Per example: tokens that a model writes (marks too), in turns that are to be learned; the first token is no target."""
+    """Per example: tokens that a model writes (marks too), in turns that are to be learned; the first token is no target.
+
+    Bit k of `learned` is set for a kind k that models write.
+    """
     for example in range(len(counts)):
+        first, last = token_offsets[example] + 1, token_offsets[example + 1]
+        weights = turn_weights[turn_offsets[example] : turn_offsets[example + 1]]
         number = 0
-        for token in range(token_offsets[example] + 1, token_offsets[example + 1]):
-            turn = turns[token]
-            is_written = is_learned[kinds[token]] or (kinds[token] == 0 and turn >= 0)
-            if is_written and (turn < 0 or turn_weights[turn_offsets[example] + turn] > 0):
-                number += 1
+        if len(weights) and weights.min() > 0:
+            for token in range(first, last):
+                number += ((learned >> kinds[token]) & 1) | ((kinds[token] == 0) & (turns[token] >= 0))
+        else:
+            for token in range(first, last):
+                is_written = ((learned >> kinds[token]) & 1) | ((kinds[token] == 0) & (turns[token] >= 0))
+                if is_written and (turns[token] < 0 or weights[turns[token]] > 0):
+                    number += 1
         counts[example] = number

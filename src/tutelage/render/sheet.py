@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from tutelage.compiled import kernel
 from tutelage.records import Int32, Int64, UInt8
 from tutelage.render.engines import Texts
 from tutelage.render.forms import WHOLE, Form, Job, Laid
-from tutelage.render.kernels import copy_stretches, kernel
+from tutelage.render.kernels import copy_stretches
 from tutelage.render.provenance import Refusal
 
 
@@ -138,7 +139,7 @@ def _concatenated(arrays: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.zeros(0, dtype)
 
 
-_WORTH_COMPILING = 1 << 20
+_WORTH_COMPILING = 1 << 18
 
 
 def _copy(source: UInt8, starts: Int64, lengths: Int64, out: UInt8) -> None:

@@ -17,13 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tutelage.compiled import kernel
 from tutelage.errors import TemplateError
 from tutelage.records import LEARNED_KINDS, Dropped, Int64, Rewrite
 from tutelage.render.engines import EngineDiffers
 from tutelage.render.examples import Renderer
 from tutelage.render.finish import Block
 from tutelage.render.forms import columns_of
-from tutelage.render.kernels import WORTH_COMPILING, count_learned, kernel, load_kernels
+from tutelage.render.kernels import WORTH_COMPILING, count_learned, load_kernels
 from tutelage.render.provenance import Refusal
 from tutelage.render.sheet import Sheet
 from tutelage.render.spec import RenderSpec
@@ -60,7 +61,7 @@ TEMPLATE_REASONS = frozenset(
 )
 """Refusals that say something about the template. When every record meets the same one, the template is wrong, not the data."""
 
-_IS_LEARNED = np.isin(np.arange(256), LEARNED_KINDS)
+_LEARNED = np.uint32(sum(1 << kind for kind in LEARNED_KINDS))
 
 
 def render_stage(read: Stage, *, tokenizer: Stage, spec: RenderSpec, base: Path, store: Store) -> Stage:
@@ -262,7 +263,7 @@ def num_learned(block: Block) -> Int64:
     counts = np.zeros(len(block), np.int64)
     tokens, turns = (np.concatenate([[0], np.cumsum(each, dtype=np.int64)]) for each in (block.num_tokens, block.num_turns))
     how = kernel(count_learned) if len(block.ids) > WORTH_COMPILING else count_learned
-    how(block.kinds, block.turns, tokens, turns, block.turn_weights, _IS_LEARNED, counts)
+    how(block.kinds, block.turns, tokens, turns, block.turn_weights, _LEARNED, counts)
     return counts
 
 

@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from tutelage.compiled import kernel
 from tutelage.records import Int32, Int64, Kind, UInt8
 from tutelage.render.cells import Cells
 from tutelage.render.engines import Chosen, Reference, Texts
-from tutelage.render.kernels import WORD, WORTH_COMPILING, kernel, label_cells, walk
+from tutelage.render.kernels import WORD, WORTH_COMPILING, label_cells, walk
 from tutelage.render.tokenizer import OpenTokenizer
 
 BATCH_TEXTS = 4096
@@ -214,6 +215,15 @@ class Encoder:
         self.engine = engine or Chosen(reference, reference, "none other was chosen")
         self.table = _table_of(tokenizer)
         self.is_special = self.table.is_special if self.table is not None else special_ids(tokenizer)
+        known = np.flatnonzero(self.is_special)
+        self._special_range = (int(known[0]), int(known[-1])) if len(known) else (0, -1)
+
+    def find_special(self, ids: Int32) -> Int64:
+        """Where special tokens stand in `ids`. Most vocabularies have them together, and a range is quicker to compare."""
+        low, high = self._special_range
+        places = np.flatnonzero((ids >= low) & (ids <= high))
+        found: Int64 = places[self.is_special[ids[places]]]
+        return found
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Ids and byte positions of whole texts; ids are those of `tokenizer(text, add_special_tokens=False)`."""

@@ -191,9 +191,7 @@ class GroupWriter:
 
     def __init__(self, path: Path) -> None:
         self._thread = ThreadPoolExecutor(1)
-        self._writer = pq.ParquetWriter(
-            path, CONVERSATIONS, compression="zstd", compression_level=1, use_dictionary=REPEATED_COLUMNS
-        )
+        self._writer = pq.ParquetWriter(path, CONVERSATIONS, compression="lz4", use_dictionary=REPEATED_COLUMNS)
         self._waiting: Future[None] | None = None
 
     def write(self, columns: ConversationColumns) -> None:

@@ -11,8 +11,10 @@ from string import punctuation
 
 import numpy as np
 import pyarrow as pa
+from xxhash import xxh3_128_digest
 
-from tutelage.records import ROLES
+from tutelage.compiled import kernel
+from tutelage.records import ROLES, Int64, UInt8
 from tutelage.sources.reasons import Malformed
 
 TurnRow = tuple[str, str, str | None, str | None, str | None, str | None, float | None]
@@ -30,6 +32,8 @@ _PLAIN = bytes(ord(" " if chr(code).isspace() else chr(code).lower()) if code < 
 # Western, Greek and Cyrillic letters, punctuation and symbols, Chinese characters: no accents that join a letter before them
 _ALONE = (range(0x80, 0x300), range(0x370, 0x483), range(0x2000, 0x2C00), range(0x3400, 0xA000))
 _ASCII = bytes(range(128))
+_PLAIN_TABLE = np.frombuffer(_PLAIN, np.uint8)
+_EDGE_TABLE = np.isin(np.arange(256), list(_EDGE_BYTES))
 
 
 def content_key(turns: Sequence[TurnRow], tools: str | None) -> bytes:
@@ -37,7 +41,7 @@ def content_key(turns: Sequence[TurnRow], tools: str | None) -> bytes:
 
     >>> question, answer = ("user", "2+2?", *[None] * 5), ("assistant", "4", *[None] * 5)
     >>> content_key([question, answer], None).hex()[:8]
-    '90980b77'
+    '4680b689'
 
     A fixed number of fields per turn, joined by a NUL that no field may hold, cannot be read in two ways. Malformed when
     a text holds a NUL or cannot be encoded.
@@ -49,7 +53,7 @@ def content_key(turns: Sequence[TurnRow], tools: str | None) -> bytes:
     if joined.count("\0") != _FIELDS_PER_TURN * len(turns):
         raise Malformed("nul_character", "in the text of a turn")
     try:
-        return blake2b(joined.encode(), digest_size=16).digest()
+        return xxh3_128_digest(joined.encode())
     except UnicodeEncodeError as error:
         raise Malformed("lone_surrogate", f"\\u{ord(error.object[error.start]):04x}") from None
 
@@ -65,7 +69,7 @@ def keys_of_all(orders: Sequence[str], contents: Sequence[str]) -> tuple[list[by
 
     >>> content_keys, prompt_keys = keys_of_all(["ua"], ["2+2?", "4"])
     >>> content_keys[0].hex()[:8]
-    '90980b77'
+    '4680b689'
 
     No text may hold a NUL, and all can be encoded (see `encoded`).
     """
@@ -77,7 +81,7 @@ def keys_of_all(orders: Sequence[str], contents: Sequence[str]) -> tuple[list[by
         starts = list(accumulate(map(len, orders), initial=0))
         requests = [contents[start + order.index("u")] for start, order in zip(starts, orders, strict=False)]
         joined = [_form(order) % tuple(contents[a:b]) for order, (a, b) in zip(orders, pairwise(starts), strict=True)]
-    return _digests(map(str.encode, joined)), _digests(_normalise_all(requests))
+    return list(map(xxh3_128_digest, map(str.encode, joined))), _digests(_normalise_all(requests))
 
 
 def encoded(texts: Sequence[str]) -> pa.StringArray | None:
@@ -107,17 +111,68 @@ def _form(order: str) -> str:
 def _normalise_all(texts: Sequence[str]) -> list[bytes]:
     """`normalise` of texts without NUL, encoded, all at once but for those in which characters may combine."""
     folded = [text if text.isascii() else _fold(text) for text in texts]
-    characters = np.frombuffer("\0".join([text or "" for text in folded]).encode().translate(_PLAIN), np.uint8)
-    is_space = characters == ord(" ")
-    is_first = np.append(True, ~(is_space[1:] & is_space[:-1]))
-    pieces = characters[is_first[: len(characters)]].tobytes().split(b"\0")
-    normal = [piece.strip(_EDGE_BYTES) or piece.strip() for piece in pieces]
+    joined = "\0".join([text or "" for text in folded]).encode()
+    normal = _normalised_compiled(joined, folded) if len(joined) > _WORTH_COMPILING else _normalised(joined, folded)
     for index, text in enumerate(folded):
         if text is None:
             normal[index] = normalise(texts[index]).encode()
         elif not text.isascii():
-            normal[index] = _strip(pieces[index].strip().decode()).encode()
+            normal[index] = _strip(normal[index].decode()).encode()
     return normal
+
+
+_WORTH_COMPILING = 1 << 14
+
+
+def _normalised(joined: bytes, folded: Sequence[str | None]) -> list[bytes]:
+    """Texts divided by NUL in lower case, white space collapsed; punctuation goes at the ends of those that are ASCII."""
+    characters = np.frombuffer(joined.translate(_PLAIN), np.uint8)
+    is_space = characters == ord(" ")
+    is_first = np.append(True, ~(is_space[1:] & is_space[:-1]))
+    pieces = characters[is_first[: len(characters)]].tobytes().split(b"\0")
+    is_ascii = [text is None or text.isascii() for text in folded]
+    return [(plain and piece.strip(_EDGE_BYTES)) or piece.strip() for piece, plain in zip(pieces, is_ascii, strict=True)]
+
+
+def _normalised_compiled(joined: bytes, folded: Sequence[str | None]) -> list[bytes]:
+    """The same in one loop over the bytes."""
+    data = np.frombuffer(joined, np.uint8)
+    out, is_ascii = np.empty(len(data), np.uint8), np.array([text is None or text.isascii() for text in folded])
+    first, last = np.empty(len(folded), np.int64), np.empty(len(folded), np.int64)
+    kernel(collapse)(data, _PLAIN_TABLE, _EDGE_TABLE, is_ascii, out, first, last)
+    made = out.tobytes()
+    return [made[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True)]
+
+
+def collapse(data: UInt8, plain: UInt8, edge: np.ndarray, is_ascii: np.ndarray, out: UInt8, first: Int64, last: Int64) -> None:
+    """Text i, up to the i-th NUL, with bytes as `plain` has them and spaces collapsed, at `first[i] : last[i]` of `out`.
+
+    Spaces at its ends go, and with `is_ascii[i]` what `edge` names, unless nothing else is there. Plain loops, for numba.
+    """
+    at, end = 0, 0
+    for i in range(len(first)):
+        begin, was_space = end, False
+        while at < len(data) and data[at] != 0:
+            character = plain[data[at]]
+            if character != 32 or not was_space:
+                out[end] = character
+                end += 1
+            was_space = character == 32
+            at += 1
+        at += 1
+        a, b = begin, end
+        if is_ascii[i]:
+            while a < b and edge[out[a]]:
+                a += 1
+            while b > a and edge[out[b - 1]]:
+                b -= 1
+        if a == b or not is_ascii[i]:
+            a, b = begin, end
+            while a < b and out[a] == 32:
+                a += 1
+            while b > a and out[b - 1] == 32:
+                b -= 1
+        first[i], last[i] = a, b
 
 
 def _fold(text: str) -> str | None:
