@@ -124,7 +124,7 @@ def _open(store: Path, recipe: Path) -> None:
 
 
 def import_all() -> None:
-    """Everything that is imported on the way otherwise, as the peers have imported all theirs when their clock starts."""
+    """Everything that is imported on the way otherwise, compiled loops too, as the peers have theirs when their clock starts."""
     import_module("tutelage.pipeline")
     for room in ROOMS:
         package = import_module(f"tutelage.{room}")
@@ -133,8 +133,9 @@ def import_all() -> None:
     for name in IMPORTED:
         if util.find_spec(name.partition(".")[0]):
             import_module(name)
-    if util.find_spec("numba"):
-        import_module("numba.core.entrypoints").init_all()
+    import_module("numba.core.entrypoints").init_all()
+    import_module("tutelage.render.kernels").load_kernels()
+    import_module("tutelage.sources.keys")._normalised_compiled(b"a", ["a"])
 
 
 def _told(rendered: dict[str, Any], made: dict[str, Any], capacity: int) -> dict[str, Any]:

@@ -11,9 +11,9 @@
 
 Every measurement is a process of its own, and the sides take turns. Both sides read the same files through the same chat
 template, which has the `{% generation %}` marks that TRL needs; that its texts are those of the tokenizer's own is checked.
-The clock runs from opening the JSONL to the last file on disk; imports, loading a peer's tokenizer and making its trainer stand
-outside, as do copying the model and the tokenizer into our store. The side `tutelage` opens its tokenizer and proves its engine
-after the clock has started; `opened` has its tokenizer open before, as the peers have theirs: it is the one that is judged.
+The clock runs from opening the JSONL to the last file on disk. Imports, compiled loops too, loading a peer's tokenizer and making
+its trainer stand outside, as do copying the model and the tokenizer into our store. The side `tutelage` opens its tokenizer
+and proves its engine after the clock has started; `opened` has its tokenizer open before, as the peers have theirs: it is judged.
 
     rendered     read and render here; tokens and trained marks there (TRL without the packing, which is timed apart)
     packed       all the way to packed rows on disk; axolotl packs later, while it trains

@@ -503,6 +503,28 @@ def stops_judged_by_their_first_token(_: Function) -> Function:
     return first_stops
 
 
+def ascii_trimmed_only(right: Function) -> Function:
+    def trimmed(self: Any, first: Any, last: Any, edit: Any) -> Any:
+        return right(self, first, last, edit._replace(characters=edit.characters or " \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"))
+
+    return trimmed
+
+
+def token_to_where_it_begins(right: Function) -> Function:
+    def label(starts: Any, ends: Any, *rest: Any) -> Any:
+        return right(starts, starts, *rest)
+
+    return label
+
+
+def blank_texts_filled_in(right: Function) -> Function:
+    def fill(self: Any, records: Any, filler: Any, pattern: Any) -> Any:
+        self._is_blank = np.zeros_like(self._is_blank)
+        return right(self, records, filler, pattern)
+
+    return fill
+
+
 def every_rendered_example_audited(right: Function) -> Function:
     from tutelage.tables import RenderedSet
 
@@ -1004,6 +1026,24 @@ MUTANTS: list[Mutant] = [
         "tutelage.audit.tokens:_last_stops",
         stops_judged_by_their_first_token,
         (f"{_AUDIT_TOKENS}::test_a_stop_is_judged_by_its_last_token",),
+    ),
+    Mutant(
+        "ASCII white space trimmed only",
+        "tutelage.render.groups:Letters.trimmed",
+        ascii_trimmed_only,
+        ("render/test_groups.py::test_trimming_bytes_is_trimming_text",),
+    ),
+    Mutant(
+        "a token goes where it begins",
+        "tutelage.render.kernels:label_cells",
+        token_to_where_it_begins,
+        ("render/test_groups.py::test_tokens_are_labelled_alike_by_loops_and_by_arrays",),
+    ),
+    Mutant(
+        "blank texts filled in",
+        "tutelage.render.groups:Together.fill",
+        blank_texts_filled_in,
+        ("render/test_groups.py::test_large_batches_are_laid_out_together",),
     ),
     Mutant(
         "every rendered example audited",

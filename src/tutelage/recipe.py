@@ -9,6 +9,7 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -318,6 +319,17 @@ def _flow(value: Any) -> str:
     """One value as a single line of flow YAML."""
     if isinstance(value, float):
         return _float_text(value)
+    if isinstance(value, str | int | None):
+        return _scalar_text(type(value).__name__, value)
+    return _dumped(value)
+
+
+@lru_cache(maxsize=4096)
+def _scalar_text(_: str, value: Any) -> str:  # the type tells True from 1
+    return _dumped(value)
+
+
+def _dumped(value: Any) -> str:
     plain = _plain(value)
     text = yaml.safe_dump(plain, default_flow_style=True, width=10**9, allow_unicode=True).strip("\n")
     text = text.removesuffix("\n...").strip("\n")

@@ -29,7 +29,7 @@ from tutelage.render.tokenizer import OpenTokenizer
 CHUNK_TEXTS = 4096
 """Texts per call of `tokenizers`: fewer leave cores idle, more cost memory and time."""
 CHECKED_PER_BATCH = 4
-_SAMPLE, _SAMPLE_BYTES = 64, 64_000
+_SAMPLE, _SAMPLE_BYTES = 64, 16_000
 """Texts of every source that are compared with the reference, and about how many bytes of them; 8 texts at least."""
 
 
