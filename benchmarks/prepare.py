@@ -164,6 +164,7 @@ def measure(side: str, number: int, job: dict[str, Any]) -> dict[str, Any]:
     quiet = {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DO_NOT_TRACK": "1"}
     quiet |= {"AXOLOTL_DO_NOT_TRACK": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "true"}
     peak = 0
+    os.sync()  # what the side before wrote is not to be waited for
     with (folder / "printed.txt").open("w") as printed:
         process = subprocess.Popen(command, env=os.environ | quiet, stdout=printed, stderr=printed, cwd=folder)
         while process.poll() is None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plan_reference import best_fit_decreasing
 
+from tutelage.compiled import kernel
 from tutelage.errors import PlanError
 from tutelage.plan import fit
 from tutelage.plan.fit import Begun, Packing, pack_lengths, pack_onto
@@ -77,7 +78,7 @@ def test_the_compiled_loop_does_what_the_plain_one_does(data: st.DataObject) -> 
     lengths = np.array(sorted(data.draw(st.lists(st.integers(1, capacity), max_size=50)), reverse=True), np.int32)
     free = np.array(data.draw(st.lists(st.integers(0, capacity), max_size=9)), np.int32)
     given = lengths, capacity, limit, free, np.ones(len(free), np.int32)
-    plain, compiled = fit._best_fit(*given), fit._compiled()(*given)
+    plain, compiled = fit._best_fit(*given), kernel(fit._best_fit)(*given)
     assert [part.tolist() for part in plain] == [part.tolist() for part in compiled]
     packing = pack_onto(Begun(*given[3:]), lengths, capacity=capacity, max_documents=limit)
     assert packing.num_rows == len(plain[2])

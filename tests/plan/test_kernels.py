@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tutelage.compiled import kernel
 from tutelage.plan import kernels
 from tutelage.plan.order import Tree, huffman_tree, interleave, pass_keys, permute
+from tutelage.plan.weights import Weighed
 
 UInt64 = NDArray[np.uint64]
 
@@ -82,12 +84,31 @@ def no_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
         return compiled(*args, **options)
 
     monkeypatch.setattr(numba, "njit", refusing)
-    kernels._compiled.cache_clear()
+    kernel.cache_clear()
 
 
 @pytest.mark.usefixtures("no_cache_folder")
 def test_where_nothing_can_be_written_they_are_compiled_all_the_same() -> None:
     """Kills a failure in a read-only installation."""
     leaf, _ = kernels.walk_tree(np.array([[~0, ~1, 1, 2]]), np.arange(2))
-    kernels._compiled.cache_clear()
+    kernel.cache_clear()
     assert leaf.tolist() == [0, 1]
+
+
+@given(st.data())
+def test_targets_are_summed_as_by_numpy(data: st.DataObject) -> None:
+    """Kills products that are not rounded to float32, a factor of another example, and targets of weight 0 counted."""
+    num = data.draw(st.integers(1, 6))
+    size = data.draw(st.integers(0, 20))
+    weights = st.sampled_from([0.0, 0.1, 1 / 3, 1.0, 7.7])
+    example = np.array(data.draw(st.lists(st.integers(0, num - 1), min_size=size, max_size=size)), np.int32)
+    value = np.array(data.draw(st.lists(weights, min_size=size, max_size=size)), np.float32)
+    count = np.array(data.draw(st.lists(st.integers(0, 9), min_size=size, max_size=size)), np.int32)
+    factors = np.array(
+        data.draw(st.lists(weights, min_size=1, max_size=1) | st.lists(weights, min_size=num, max_size=num)), np.float32
+    )
+    totals, supervised = kernels.sum_targets(example, value, count, factors=factors, num=num)
+    weighed = Weighed(example, value, count, num)
+    factor = factors[0] if len(factors) == 1 else factors
+    assert totals.tolist() == weighed.totals(factor).tolist()
+    assert supervised.tolist() == weighed.supervised(factor).tolist()

@@ -95,7 +95,8 @@ class Candidates:
 
     def supplies(self) -> dict[str, Supply]:
         """What each stratum has to give."""
-        units = [self.strata.sums(self.size(unit)).tolist() for unit in ("examples", "tokens", "supervised_tokens")]
+        sums = [self.strata.sums(self.size(unit)) for unit in ("tokens", "supervised_tokens")]
+        units = [each.tolist() for each in (self.strata.sizes, *sums)]
         return {
             name: Supply(examples, tokens, supervised, "" if examples else self.lost.get(name, ""))
             for name, examples, tokens, supervised in zip(self.strata.names, *units, strict=True)

@@ -35,9 +35,10 @@ def decile_facts(plan: Plan, candidates: Candidates, *, mix: MixSpec) -> list[di
     edges = np.arange(num_parts + 1) * num_steps // num_parts
     of_row = np.repeat(np.searchsorted(edges, np.arange(num_steps), "right") - 1, plan.steps.num_rows)
     part = of_row[plan.placements.row]
-    examples = _amounts(plan, candidates, part, num_parts, "examples")
-    counted = examples if mix.count == "examples" else _amounts(plan, candidates, part, num_parts, mix.count)
-    used = np.append(0.0, np.cumsum(_amounts(plan, candidates, part, num_parts, _budget_unit(mix)).sum(axis=1)))
+    units: set[Unit] = {"examples", mix.count, _budget_unit(mix)}
+    amounts = {unit: _amounts(plan, candidates, part, num_parts, unit) for unit in units}
+    examples, counted = amounts["examples"], amounts[mix.count]
+    used = np.append(0.0, np.cumsum(amounts[_budget_unit(mix)].sum(axis=1)))
     names, of_task = plan.tasks, _task_parts(candidates, mix.count)
     return [
         {
@@ -55,7 +56,8 @@ def _amounts(plan: Plan, candidates: Candidates, part: np.ndarray, num_parts: in
     """How much of each task lies in each part (parts, tasks)."""
     example, num = plan.placements.example, len(plan.tasks)
     cell = part * num + candidates.task[example]
-    sums = np.bincount(cell, weights=candidates.size(unit)[example], minlength=num_parts * num)
+    weights = None if unit == "examples" else candidates.size(unit)[example]
+    sums = np.bincount(cell, weights=weights, minlength=num_parts * num)
     return sums.reshape(num_parts, num).astype(np.float64)
 
 
@@ -70,6 +72,8 @@ def _budget_unit(mix: MixSpec) -> Unit:
 def _task_parts(candidates: Candidates, count: Unit) -> Float64:
     """How much of each name that rates give a share is of each task (tasks, names); the unit matrix where names are tasks."""
     strata, num = candidates.strata, len(candidates.strata.names)
+    if candidates.mixed_by is None:
+        return np.eye(num)
     cell = candidates.task * num + strata.code
     sums = np.bincount(cell, weights=candidates.size(count), minlength=len(candidates.tasks) * num)
     table = sums.reshape(len(candidates.tasks), num)

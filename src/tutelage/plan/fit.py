@@ -7,13 +7,12 @@ take a fraction of a second and the result is that of the textbook algorithm, no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import numpy as np
 
+from tutelage.compiled import kernel
 from tutelage.errors import PlanError
 from tutelage.records import Int32
 
@@ -76,22 +75,10 @@ def pack_onto(begun: Begun, lengths: Sequence[int] | np.ndarray, *, capacity: in
     # Lengths that fit 16 bits are sorted by radix, four times as fast.
     longest_first = np.argsort((-sizes).astype(np.int16) if capacity < 1 << 15 else -sizes, kind="stable")
     most = capacity if max_documents is None else max_documents
-    rows, starts, free, held = _compiled()(sizes[longest_first], capacity, most, begun.free, begun.held)
+    rows, starts, free, held = kernel(_best_fit)(sizes[longest_first], capacity, most, begun.free, begun.held)
     packing = Packing(free, held, np.empty_like(sizes), np.empty_like(sizes))
     packing.rows[longest_first], packing.starts[longest_first] = rows, starts
     return packing
-
-
-@cache
-def _compiled() -> Callable[[Int32, int, int, Int32, Int32], tuple[Int32, Int32, Int32, Int32]]:
-    """`_best_fit` compiled on first use, and kept on disk where a folder for it can be written."""
-    import numba
-
-    try:
-        kernel: Any = numba.njit(cache=True)(_best_fit)
-    except RuntimeError:  # no folder that can be written: compile in every process, a second each
-        kernel = numba.njit(_best_fit)
-    return kernel  # type: ignore[no-any-return]
 
 
 def _best_fit(

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from tutelage.errors import PlanError
 from tutelage.plan.assemble import Candidates, Plan, Strata
+from tutelage.plan.kernels import sum_targets
 from tutelage.plan.normalise import ExampleWeights
 from tutelage.plan.spec import LossRule
 from tutelage.plan.supervision import TalliedSet
@@ -140,9 +141,9 @@ def _examples(name: str, shard: int, artefacts: Mapping[str, Artefact], *, multi
     weighed = weigh_tally(tally, loss=loss)
     row = table["row"].to_numpy()
     labels = table["task"].combine_chunks()
-    # Most sources weigh all their records alike, and one factor is many times faster than one per example.
     alike = len(row) > 0 and bool((multiplier[row] == multiplier[row[0]]).all())
-    factor = float(multiplier[row[0]]) if alike else multiplier[row]
+    factors = multiplier[row[:1] if alike else row].astype(np.float32)
+    weight, num_supervised = sum_targets(weighed.example, weighed.value, weighed.count, factors=factors, num=len(row))
     return SourceExamples(
         name=name,
         fate=np.zeros(0, object),
@@ -156,9 +157,9 @@ def _examples(name: str, shard: int, artefacts: Mapping[str, Artefact], *, multi
         row=row,
         part=table["part"].to_numpy(),
         num_tokens=table["num_tokens"].to_numpy(),
-        num_supervised=weighed.supervised(factor),
+        num_supervised=num_supervised,
         multiplier=multiplier[row],
-        weight=weighed.totals(factor),
+        weight=weight,
     )
 
 

@@ -6,14 +6,11 @@ it can be written.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from tutelage.records import Int32, Int64
+from tutelage.compiled import kernel
+from tutelage.records import Float32, Float64, Int32, Int64
 
 UInt64 = NDArray[np.uint64]
 
@@ -28,7 +25,7 @@ def walk_tree(nodes: Int64, positions: Int64) -> tuple[Int32, Int64]:
     >>> leaf.tolist(), occurrence.tolist()
     ([1, 0, 1, 1, 0, 1], [0, 0, 1, 2, 1, 3])
     """
-    leaf, occurrence = _compiled("walk")(np.asarray(nodes, np.int64).reshape(-1, 4), np.asarray(positions, np.int64))
+    leaf, occurrence = kernel(_walk)(np.asarray(nodes, np.int64).reshape(-1, 4), np.asarray(positions, np.int64))
     return leaf, occurrence
 
 
@@ -40,20 +37,8 @@ def feistel(index: Int64, *, size: int, half: int, salts: UInt64, keys: UInt64) 
     >>> feistel(np.arange(5), size=5, half=3, salts=np.arange(1, 5, dtype=np.uint64), keys=np.zeros(5, np.uint64)).tolist()
     [2, 3, 0, 1, 4]
     """
-    out: Int64 = _compiled("feistel")(np.asarray(index, np.int64), np.uint64(size), np.uint64(half), salts, keys)
+    out: Int64 = kernel(_feistel)(np.asarray(index, np.int64), np.uint64(size), np.uint64(half), salts, keys)
     return out
-
-
-@cache
-def _compiled(name: str) -> Callable[..., Any]:
-    import numba
-
-    plain = {"walk": _walk, "feistel": _feistel}[name]
-    try:
-        kernel: Any = numba.njit(cache=True, nogil=True)(plain)
-    except RuntimeError:  # no folder that can be written: compile in every process, a second each
-        kernel = numba.njit(nogil=True)(plain)
-    return kernel  # type: ignore[no-any-return]
 
 
 def _walk(nodes: Int64, positions: Int64) -> tuple[Int32, Int64]:
@@ -101,3 +86,29 @@ def _feistel(index: Int64, size: np.uint64, half: np.uint64, salts: UInt64, keys
                 break
         out[i] = np.int64(value)
     return out
+
+
+def sum_targets(example: Int32, value: Float32, count: Int32, *, factors: Float32, num: int) -> tuple[Float64, Int64]:
+    """Per example: the sum of its target weights (f64) and how many are above 0 (i64), in one pass.
+
+    `count[i]` targets of example `example[i]` weigh float32(`value[i]` * factor); `factors` has one factor, or one per example.
+
+    >>> entries = np.array([0, 1, 1], np.int32), np.array([1, 0.5, 0], np.float32), np.array([3, 2, 9], np.int32)
+    >>> totals, supervised = sum_targets(*entries, factors=np.array([2], np.float32), num=2)
+    >>> totals.tolist(), supervised.tolist()
+    ([6.0, 2.0], [3, 2])
+    """
+    totals, supervised = np.zeros(num), np.zeros(num, np.int64)
+    kernel(_sum_targets)(example, value, count, factors, totals, supervised)
+    return totals, supervised
+
+
+def _sum_targets(example: Int32, value: Float32, count: Int32, factors: Float32, totals: Float64, supervised: Int64) -> None:
+    """Plain loops, for numba."""
+    is_one = len(factors) == 1
+    for i in range(len(example)):
+        at = example[i]
+        product = np.float32(value[i] * (factors[0] if is_one else factors[at]))
+        totals[at] += np.float64(product) * count[i]
+        if product > 0:
+            supervised[at] += count[i]
