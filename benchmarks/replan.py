@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -104,6 +105,7 @@ def prepare(folder: Path, examples: int) -> str:
 
 def run_change(folder: Path, change: str, number: int) -> dict[str, float]:
     """One change in a process of its own; each round plans with another seed, so that none finds the plan of the one before."""
+    os.sync()  # what was written before is not to be waited for
     command = [sys.executable, str(Path(__file__).resolve()), "--change", f"{change} {number}", "--folder", str(folder)]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode:
