@@ -226,7 +226,7 @@ _COLLECT_AFTER = 50_000
 
 
 def _keep_memory() -> None:
-    """Arrays of a batch take the place of the last one's: giving pages back and taking new ones costs a few per cent of the time."""
+    """Arrays of a batch take the place of the last one's: giving pages back and taking new ones costs a few per cent."""
     with contextlib.suppress(AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 1 << 30)
