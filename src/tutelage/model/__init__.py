@@ -6,6 +6,7 @@
     save       a model -> a folder that plain transformers and peft can load
     attention  documents packed into one row never see each other, without a mask in memory
     isolation  the proof of that, run on the model at hand
+    learner    a model together with its loss, one module to wrap, shard or compile
     loss       weighted cross-entropy that meets the head only where the weight is above 0
     generate   prompts -> answers, the same alone as in a batch
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from tutelage.model.bundled import write_bundled
     from tutelage.model.generate import Generation, stream
     from tutelage.model.isolation import isolation_probe, require_isolation
+    from tutelage.model.learner import Learner
     from tutelage.model.load import add_adapter, checkpoint_activations, choose_device, choose_dtype, load_model, load_tokenizer
     from tutelage.model.loss import (
         Head,
@@ -41,6 +43,7 @@ _HOME = {
     "bundled": ("write_bundled",),
     "generate": ("Generation", "stream"),
     "isolation": ("isolation_probe", "require_isolation"),
+    "learner": ("Learner",),
     "load": ("add_adapter", "checkpoint_activations", "choose_device", "choose_dtype", "load_model", "load_tokenizer"),
     "loss": (
         "Head",
@@ -59,6 +62,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "Generation",
     "Head",
+    "Learner",
     "LossOptions",
     "ModelFacts",
     "Resolved",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tutelage.errors import TrainError
-from tutelage.model import head_of, hidden_states, weighted_loss
+from tutelage.model import Learner
 from tutelage.records import Batch, Document, Float64
 from tutelage.train.micro import FlatStep, Pass, check_weight, flatten, not_finite, rows_in_pass
 
@@ -32,8 +32,9 @@ def step_gradients(
     flat = flatten(batch)
     check_weight(batch, flat)
     device = next(model.parameters()).device
+    learner = model if isinstance(model, Learner) else Learner(model)
     losses = [
-        _pass_gradients(model, flat, part, total_weight=batch.total_weight, device=device)
+        _pass_gradients(learner, flat, part, total_weight=batch.total_weight, device=device)
         for part in flat.passes(rows_in_pass(batch.inputs.shape[1], micro_batch_rows))
     ]
     # One wait for the device per step, here, and none per pass.
@@ -49,7 +50,7 @@ def check_norm(norm: float, batch: Batch, name_of: NameOf | None = None) -> None
         raise TrainError(_complaint("the gradient is not finite", batch.step, batch.documents, name_of))
 
 
-def _pass_gradients(model: Any, flat: FlatStep, part: Pass, *, total_weight: float, device: torch.device) -> Tensor:
+def _pass_gradients(learner: Learner, flat: FlatStep, part: Pass, *, total_weight: float, device: torch.device) -> Tensor:
     """The loss of each token of a pass (detached, on the device); its share of the step's gradient is added."""
     here = slice(part.start, part.stop)
     if not flat.weights[here].any():  # nothing to learn in these rows: no forward pass for them
@@ -58,15 +59,12 @@ def _pass_gradients(model: Any, flat: FlatStep, part: Pass, *, total_weight: flo
     def move(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array[here]).to(device, non_blocking=True)
 
-    hidden_ND = hidden_states(
-        model, move(flat.inputs)[None], positions=move(flat.positions)[None], lengths=part.lengths
-    )  # TODO(padded-forward): models that cannot isolate packed documents need one row per document here
-    head = head_of(model)
-    loss = weighted_loss(
-        hidden_ND, head.weight, targets_N=move(flat.targets), weights_N=move(flat.weights), options=head.options()
+    # TODO(padded-forward): models that cannot isolate packed documents need one row per document here
+    loss_sum, nll_N = learner(
+        move(flat.inputs), move(flat.targets), move(flat.weights), positions_N=move(flat.positions), lengths=part.lengths
     )
-    (loss.loss_sum / total_weight).backward()  # type: ignore[no-untyped-call]
-    return loss.nll_N
+    (loss_sum / total_weight).backward()
+    return nll_N
 
 
 def _complaint(what: str, step: int, documents: tuple[Document, ...], name_of: NameOf | None) -> str:
