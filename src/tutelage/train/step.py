@@ -60,6 +60,7 @@ def _pass_gradients(learner: Learner, flat: FlatStep, part: Pass, *, total_weigh
         return torch.from_numpy(array[here]).to(device, non_blocking=True)
 
     # TODO(padded-forward): models that cannot isolate packed documents need one row per document here
+    nll_N: Tensor
     loss_sum, nll_N = learner(
         move(flat.inputs), move(flat.targets), move(flat.weights), positions_N=move(flat.positions), lengths=part.lengths
     )
