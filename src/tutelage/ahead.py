@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
+import pyarrow as pa
+
 from tutelage.store import Progress
 
 Job = Callable[[Progress], None]
@@ -226,7 +228,11 @@ _COLLECT_AFTER = 50_000
 
 
 def _keep_memory() -> None:
-    """Arrays of a batch take the place of the last one's: giving pages back and taking new ones costs a few per cent."""
+    """Arrays of a batch take the place of the last one's: giving pages back and taking new ones costs a few per cent.
+
+    Arrow's own pools give theirs back, so it takes what it needs from the C library too.
+    """
+    pa.set_memory_pool(pa.system_memory_pool())
     with contextlib.suppress(AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 1 << 30)

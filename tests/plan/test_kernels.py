@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,7 +13,6 @@ from numpy.typing import NDArray
 from tutelage.compiled import kernel
 from tutelage.plan import kernels
 from tutelage.plan.order import Tree, huffman_tree, interleave, pass_keys, permute
-from tutelage.plan.weights import Weighed
 
 UInt64 = NDArray[np.uint64]
 
@@ -95,20 +96,20 @@ def test_where_nothing_can_be_written_they_are_compiled_all_the_same() -> None:
     assert leaf.tolist() == [0, 1]
 
 
-@given(st.data())
-def test_targets_are_summed_as_by_numpy(data: st.DataObject) -> None:
-    """Kills products that are not rounded to float32, a factor of another example, and targets of weight 0 counted."""
-    num = data.draw(st.integers(1, 6))
-    size = data.draw(st.integers(0, 20))
-    weights = st.sampled_from([0.0, 0.1, 1 / 3, 1.0, 7.7])
-    example = np.array(data.draw(st.lists(st.integers(0, num - 1), min_size=size, max_size=size)), np.int32)
-    value = np.array(data.draw(st.lists(weights, min_size=size, max_size=size)), np.float32)
-    count = np.array(data.draw(st.lists(st.integers(0, 9), min_size=size, max_size=size)), np.int32)
-    factors = np.array(
-        data.draw(st.lists(weights, min_size=1, max_size=1) | st.lists(weights, min_size=num, max_size=num)), np.float32
-    )
-    totals, supervised = kernels.sum_targets(example, value, count, factors=factors, num=num)
-    weighed = Weighed(example, value, count, num)
-    factor = factors[0] if len(factors) == 1 else factors
-    assert totals.tolist() == weighed.totals(factor).tolist()
-    assert supervised.tolist() == weighed.supervised(factor).tolist()
+@given(st.lists(st.integers(0, 5), max_size=60))
+def test_sorting_by_code_is_a_stable_sort(code: list[int]) -> None:
+    """Kills equal codes in another order, and a code without entries that begins in the wrong place."""
+    codes = np.array(code, np.int32)
+    positions, begins = kernels.sort_by_code(codes, num_codes=7)
+    assert positions.tolist() == np.argsort(codes, kind="stable").tolist()
+    assert begins.tolist() == np.searchsorted(np.sort(codes), np.arange(7)).tolist()
+
+
+@given(st.lists(st.lists(st.integers(0, 10_000), unique=True, max_size=80), max_size=5), st.randoms(use_true_random=False))
+def test_documents_are_sorted_by_row_and_start(rows: list[list[int]], random: Random) -> None:
+    """Kills rows that run into one another, and a gap that leaves the last documents of a long row unsorted."""
+    places = [(row, start) for row, starts in enumerate(rows) for start in starts]
+    random.shuffle(places)
+    row, start = np.array(places, np.int64).reshape(-1, 2).T
+    found = kernels.sort_by_place(row, start.astype(np.int32), num_rows=len(rows))
+    assert [places[i] for i in found.tolist()] == sorted(places)

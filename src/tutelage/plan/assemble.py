@@ -11,14 +11,16 @@ import numpy as np
 
 from tutelage.errors import PlanError
 from tutelage.plan.budget import Unit
+from tutelage.plan.kernels import sort_by_code, sort_by_place
 from tutelage.plan.mixtures import examples_between, plan_mixture
 from tutelage.plan.normalise import ExampleWeights, plain_weights
-from tutelage.plan.order import Order
+from tutelage.plan.order import Behind, Order
 from tutelage.plan.rates import Mixture, Supply
 from tutelage.plan.rules import UnknownName
 from tutelage.plan.schedule_spec import Online
 from tutelage.plan.spec import BatchSpec, MixSpec
 from tutelage.plan.steps import examples_filling
+from tutelage.plan.sums import most_by_label, sum_by_label
 from tutelage.plan.windows import DEFAULT_ROWS, WINDOW_STEPS, Cuts, Layout, StepShape, cut_windows, step_shape
 from tutelage.records import Float64, Int32, Int64
 
@@ -41,7 +43,8 @@ class Strata:
 
     def sums(self, values: np.ndarray) -> Int64:
         """The sum of `values` over the candidates of each name."""
-        return np.bincount(self.code, weights=values, minlength=len(self.names)).astype(np.int64)
+        sums: Int64 = sum_by_label(self.code, [values], num_labels=len(self.names))[0]
+        return sums
 
     @cached_property
     def sizes(self) -> Int64:
@@ -67,6 +70,8 @@ class Candidates:
     """What rates name; the tasks when left out."""
     lost: Mapping[str, str] = field(default_factory=dict)
     """What became of the records of a name that has none left, by name; `""`: of records that name nothing."""
+    behind: Mapping[str, Behind] = field(default_factory=dict)
+    """What earlier parts of the same run drew of each stratum."""
 
     @cached_property
     def strata(self) -> Strata:
@@ -98,7 +103,13 @@ class Candidates:
         sums = [self.strata.sums(self.size(unit)) for unit in ("tokens", "supervised_tokens")]
         units = [each.tolist() for each in (self.strata.sizes, *sums)]
         return {
-            name: Supply(examples, tokens, supervised, "" if examples else self.lost.get(name, ""))
+            name: Supply(
+                examples,
+                tokens,
+                supervised,
+                "" if examples else self.lost.get(name, ""),
+                self.behind[name].num_drawn if name in self.behind else 0,
+            )
             for name, examples, tokens, supervised in zip(self.strata.names, *units, strict=True)
         }
 
@@ -274,15 +285,14 @@ def _cuts(mixture: Mixture, lengths: Int32, shape: StepShape) -> Cuts | None:
 
 def place_draws(layout: Layout, example: Int32, visit: Int32, *, lengths: Int32, weight: Float64) -> tuple[Placements, Steps]:
     """Draws, in the order of the run, at the places of a layout; `weight` has one entry per candidate."""
-    by_place = np.argsort(layout.row << 32 | layout.start)
+    by_place = sort_by_place(layout.row, layout.start, num_rows=int(layout.num_rows.sum()))
     placements = Placements(layout.row[by_place], example[by_place], visit[by_place], layout.start[by_place], lengths[by_place])
     return placements, _steps(layout, placements, weight)
 
 
 def members_of(code: Int32, num_names: int) -> tuple[Int32, Int64]:
     """The candidates sorted by name (`code` (N,) is each one's), and where those of each name begin."""
-    members = np.argsort(code.astype(np.int16), kind="stable").astype(np.int32)
-    return members, np.searchsorted(code[members], np.arange(num_names))
+    return sort_by_code(code, num_codes=num_names)
 
 
 def _steps(layout: Layout, placements: Placements, weight: Float64) -> Steps:
@@ -303,7 +313,7 @@ def _draw(candidates: Candidates, mixture: Mixture, *, seed: int) -> tuple[Int32
     """The candidate and its visit at every position of the run."""
     sizes = {task.task: task.supply.num_examples for task in mixture.tasks}
     stretches = mixture.timetable.stretches if mixture.timetable else ()
-    order = Order(mixture.counts, sizes=sizes, seed=seed, stretches=stretches)
+    order = Order(mixture.counts, sizes=sizes, seed=seed, stretches=stretches, behind=candidates.behind)
     draws = order.window(0, len(order))
     strata = candidates.strata
     members, begins = members_of(strata.code, len(strata.names))
@@ -374,17 +384,14 @@ def strata_facts(plan: Plan, candidates: Candidates) -> list[dict[str, Any]]:
 def _amounts(plan: Plan, candidates: Candidates, labels: Strata) -> list[dict[str, Any]]:
     """What each label has, what is planned of it in three units, and how often its records are seen."""
     counted: dict[str, Unit] = {"examples": "examples", "tokens": "tokens", "supervised": "supervised_tokens"}
-    units = {name: candidates.size(unit) for name, unit in counted.items()}
-    most = np.zeros(len(labels.names), np.int64)
-    by_label = np.argsort(labels.code.astype(np.int16), kind="stable")  # 16 bits: NumPy sorts them by radix
-    edges = np.searchsorted(labels.code[by_label], np.arange(len(most) + 1))
-    filled = np.flatnonzero(np.diff(edges))
-    if len(filled):
-        most[filled] = np.maximum.reduceat(plan.num_visits[by_label], edges[filled])
-    columns: dict[str, np.ndarray] = {"available_examples": labels.sizes}
-    columns |= {f"available_{unit}": labels.sums(units[unit]) for unit in ("tokens", "supervised")}
-    columns |= {f"planned_{unit}": labels.sums(values * plan.num_visits) for unit, values in units.items()}
-    columns |= {f"share_{unit}": columns[f"planned_{unit}"] / max(columns[f"planned_{unit}"].sum(), 1) for unit in units}
+    sizes = [candidates.size(unit) for unit in counted.values()]
+    num = len(labels.names)
+    available = sum_by_label(labels.code, sizes, num_labels=num)
+    planned = sum_by_label(labels.code, sizes, num_labels=num, times=plan.num_visits)
+    most = most_by_label(labels.code, plan.num_visits, num_labels=num)
+    columns: dict[str, np.ndarray] = {f"available_{unit}": sums for unit, sums in zip(counted, available, strict=True)}
+    columns |= {f"planned_{unit}": sums for unit, sums in zip(counted, planned, strict=True)}
+    columns |= {f"share_{unit}": columns[f"planned_{unit}"] / max(columns[f"planned_{unit}"].sum(), 1) for unit in counted}
     columns["visits_per_record"] = columns["planned_examples"] / np.maximum(columns["available_examples"], 1)
     columns["most_visits"] = most
     rows = zip(*(values.tolist() for values in columns.values()), strict=True)

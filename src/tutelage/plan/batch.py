@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
+import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from tutelage.plan.assemble import Placements, Plan, Steps
-from tutelage.plan.ranks import HIDDEN_SIZE, RankRows, share_rows
 from tutelage.plan.spec import LossRule, ResponseLoss
 from tutelage.plan.tally import Tokens
 from tutelage.plan.weights import shift_targets, weigh_tokens
+from tutelage.ranks import HIDDEN_SIZE, RankRows, share_rows
 from tutelage.records import NO_TARGET, Batch, Document, Float32, Int32, Int64, Kind, Rendered
-from tutelage.tables import PLACEMENTS, PLAN_STEPS, PLANNED, Shards, read_table
+from tutelage.tables import PLACEMENTS, PLAN_STEPS, Shards, read_table
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def _columns(path: Path, schema: Any) -> dict[str, np.ndarray]:
 
 def _codes(column: Any, names: Sequence[Any]) -> Int32:
     """A label column as positions in `names`."""
-    encoded = column.combine_chunks()
+    encoded = column.unify_dictionaries().combine_chunks()
     place = {name: i for i, name in enumerate(names)}
     translate: Int32 = np.array([place[name] for name in encoded.dictionary.to_pylist()] or [0], np.int32)
     codes: Int32 = translate[encoded.indices.to_numpy()]
@@ -230,14 +231,18 @@ def _codes(column: Any, names: Sequence[Any]) -> Int32:
 
 
 def _read_documents(plan_folder: Path, shards: Shards, facts: dict[str, Any]) -> Documents:
-    table = read_table(plan_folder / "planned.parquet", PLANNED)
+    columns = ["source", "shard", "index", "task", "multiplier"]
+    table = pq.read_table(plan_folder / "planned.parquet", columns=columns)
     sources = facts["sources"]
     kinds = ("render", "rerender")
     source, kind = _codes(table["source"], sources), _codes(table["shard"], kinds)
-    names, shard = np.unique(source * len(kinds) + kind, return_inverse=True)
+    both = source * len(kinds) + kind
+    names = np.flatnonzero(np.bincount(both))
+    number = np.zeros(names.max(initial=0) + 1, np.int32)
+    number[names] = np.arange(len(names))
     return Documents(
         sets=[shards.set(sources[name // len(kinds)], kinds[name % len(kinds)]) for name in names],
-        shard=shard.astype(np.int32),
+        shard=number[both],
         index=table["index"].to_numpy(),
         task=_codes(table["task"], facts["tasks"]),
         source=source,

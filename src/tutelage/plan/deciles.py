@@ -9,7 +9,8 @@ import numpy as np
 from tutelage.plan.assemble import Candidates, Plan
 from tutelage.plan.budget import Unit
 from tutelage.plan.spec import MixSpec
-from tutelage.records import Float64
+from tutelage.plan.sums import sum_by_part
+from tutelage.records import Float64, Int64
 
 _NUM_PARTS = 10
 
@@ -33,10 +34,9 @@ def decile_facts(plan: Plan, candidates: Candidates, *, mix: MixSpec) -> list[di
     num_steps = len(plan.steps)
     num_parts = min(_NUM_PARTS, num_steps)
     edges = np.arange(num_parts + 1) * num_steps // num_parts
-    of_row = np.repeat(np.searchsorted(edges, np.arange(num_steps), "right") - 1, plan.steps.num_rows)
-    part = of_row[plan.placements.row]
+    draws = np.append(0, np.cumsum(plan.steps.num_examples))[edges]
     units: set[Unit] = {"examples", mix.count, _budget_unit(mix)}
-    amounts = {unit: _amounts(plan, candidates, part, num_parts, unit) for unit in units}
+    amounts = {unit: _amounts(plan, candidates, draws, unit) for unit in units}
     examples, counted = amounts["examples"], amounts[mix.count]
     used = np.append(0.0, np.cumsum(amounts[_budget_unit(mix)].sum(axis=1)))
     names, of_task = plan.tasks, _task_parts(candidates, mix.count)
@@ -52,13 +52,10 @@ def decile_facts(plan: Plan, candidates: Candidates, *, mix: MixSpec) -> list[di
     ]
 
 
-def _amounts(plan: Plan, candidates: Candidates, part: np.ndarray, num_parts: int, unit: Unit) -> Float64:
-    """How much of each task lies in each part (parts, tasks)."""
-    example, num = plan.placements.example, len(plan.tasks)
-    cell = part * num + candidates.task[example]
-    weights = None if unit == "examples" else candidates.size(unit)[example]
-    sums = np.bincount(cell, weights=weights, minlength=num_parts * num)
-    return sums.reshape(num_parts, num).astype(np.float64)
+def _amounts(plan: Plan, candidates: Candidates, draws: Int64, unit: Unit) -> Float64:
+    """How much of each task lies in each part (parts, tasks); part p has the placements `draws[p] : draws[p + 1]`."""
+    sums = sum_by_part(draws, plan.placements.example, candidates.task, candidates.size(unit), num_labels=len(plan.tasks))
+    return sums.astype(np.float64)
 
 
 def _budget_unit(mix: MixSpec) -> Unit:

@@ -15,17 +15,18 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from tutelage.errors import PlanError
 from tutelage.plan.assemble import Candidates, Plan, Strata
-from tutelage.plan.kernels import sum_targets
+from tutelage.plan.fates import OPEN, Fates
+from tutelage.plan.kernels import sort_by_code
 from tutelage.plan.normalise import ExampleWeights
 from tutelage.plan.spec import LossRule
+from tutelage.plan.sums import sum_targets
 from tutelage.plan.supervision import TalliedSet
 from tutelage.plan.tally import Tally
-from tutelage.plan.tally_stage import read_tally
-from tutelage.plan.weights import Weighed, weigh_tally
+from tutelage.plan.tally_stage import read_examples, read_tally
+from tutelage.plan.weights import cell_table, weigh_tally
 from tutelage.records import Float64, Int32, Int64
 from tutelage.store import Artefact
 from tutelage.tables import DROPPED, RECORD_WEIGHTS, SPLIT, VERDICTS, read_table
@@ -42,13 +43,13 @@ RECORD_WEIGHT_0 = "the record's own weight is 0"
 
 @dataclass(frozen=True)
 class SourceExamples:
-    """One source joined: the examples that may be drawn (one entry each), and per record why it may not ("" = it may)."""
+    """One source joined: the examples that may be drawn (one entry each), and per record why it may not."""
 
     name: str
-    fate: np.ndarray
+    fate: Fates
     details: dict[int, str]
     tallies: Mapping[int, Tally]
-    weighed: Mapping[int, Weighed]
+    loss: LossRule
     tasks: tuple[str, ...]
     task: Int32
     shard: Int32
@@ -65,17 +66,25 @@ class SourceExamples:
     def totals(self, multiplier: Float64) -> Float64:
         """The total weight of each example when its token weights are multiplied so."""
         out = np.zeros(len(self.row))
-        for shard, weighed in self.weighed.items():
+        for shard, tally in self.tallies.items():
             mine = self.shard == shard
-            out[mine] = weighed.totals(self.spread(multiplier, shard))[self.index[mine]]
+            out[mine] = weigh_tally(tally, loss=self.loss).totals(self.spread(multiplier, shard))[self.index[mine]]
         return out
 
     def spread(self, values: np.ndarray, shard: int) -> np.ndarray:
         """Values of the examples of one shard, laid out over all that were rendered there; 0 for the others."""
+        num = len(self.tallies[shard])
+        if self._is_whole and num == len(values):
+            return values
         mine = self.shard == shard
-        whole = np.zeros(len(self.tallies[shard]), values.dtype)
+        whole = np.zeros(num, values.dtype)
         whole[self.index[mine]] = values[mine]
         return whole
+
+    @cached_property
+    def _is_whole(self) -> bool:
+        """Whether these are all examples of one shard, in its order."""
+        return len(self.tallies) == 1 and bool((self.index == np.arange(len(self.index))).all())
 
     def at(self, which: np.ndarray) -> SourceExamples:
         """The examples at these positions."""
@@ -100,7 +109,7 @@ def join_source(
     `is_held_out` (records,) is the source's entry in `held_out_records`.
     `task` is the task of all its records where the recipe gives one: so it is known even when none could be rendered.
     """
-    fate, details = np.full(len(is_held_out), "", object), dict[int, str]()
+    fate, details = Fates(len(is_held_out)), dict[int, str]()
     record_weights = _record_weights(artefacts, name, num_records=len(fate))
     multiplier = source_weight * record_weights
     parts: list[SourceExamples] = []
@@ -112,13 +121,13 @@ def join_source(
             if parts:  # a record rendered anew, or refused then, no longer counts as first rendered
                 renewed = np.union1d(newer.row, refused["row"].to_numpy())
                 parts = [part.at(~np.isin(part.row, renewed)) for part in parts]
-                fate[renewed] = ""
+                fate.put(renewed, OPEN)
             _set_fates(fate, details, refused, reason="reason", detail="detail")
             parts.append(newer)
     _set_fates(fate, details, _drops(artefacts["copies"], name), reason="rule", detail="reason")
     if f"screen {name}" in artefacts:
         _set_fates(fate, details, _drops(artefacts[f"screen {name}"], name), reason="rule", detail="reason")
-    fate[is_held_out] = HELD_OUT
+    fate.put(is_held_out, HELD_OUT)
     rendered_examples = _merge(parts)
     settled = _settle_fates(rendered_examples, fate, details, record_weights=record_weights)
     return _tell_lost(settled, rendered_examples, task)
@@ -135,30 +144,28 @@ def _record_weights(artefacts: Mapping[str, Artefact], name: str, *, num_records
 
 def _examples(name: str, shard: int, artefacts: Mapping[str, Artefact], *, multiplier: Float64, loss: LossRule) -> SourceExamples:
     """One rendered set; `multiplier` has an entry per record."""
-    path = artefacts[f"{SHARDS[shard]} {name}"].file("examples.parquet")
-    table = pq.read_table(path, columns=["row", "part", "task", "num_tokens"]).unify_dictionaries()
-    tally = read_tally(artefacts[f"{_TALLIES[shard]} {name}"])
-    weighed = weigh_tally(tally, loss=loss)
+    box = artefacts[f"{_TALLIES[shard]} {name}"]
+    tally, table = read_tally(box), read_examples(box)
     row = table["row"].to_numpy()
     labels = table["task"].combine_chunks()
-    alike = len(row) > 0 and bool((multiplier[row] == multiplier[row[0]]).all())
-    factors = multiplier[row[:1] if alike else row].astype(np.float32)
-    weight, num_supervised = sum_targets(weighed.example, weighed.value, weighed.count, factors=factors, num=len(row))
+    alike = len(row) > 0 and bool((multiplier == multiplier[0]).all())
+    factors = multiplier[:1] if alike else multiplier[row]
+    weight, num_supervised = sum_targets(tally, table=cell_table(loss), factors=factors.astype(np.float32))
     return SourceExamples(
         name=name,
-        fate=np.zeros(0, object),
+        fate=Fates(0),
         details={},
         tallies={shard: tally},
-        weighed={shard: weighed},
+        loss=loss,
         tasks=tuple(labels.dictionary.to_pylist()),
-        task=labels.indices.to_numpy().astype(np.int32),
+        task=labels.indices.to_numpy(),
         shard=np.full(len(table), shard, np.int32),
         index=np.arange(len(table)),
         row=row,
         part=table["part"].to_numpy(),
         num_tokens=table["num_tokens"].to_numpy(),
         num_supervised=num_supervised,
-        multiplier=multiplier[row],
+        multiplier=np.full(len(row), multiplier[0]) if alike else factors,
         weight=weight,
     )
 
@@ -166,15 +173,19 @@ def _examples(name: str, shard: int, artefacts: Mapping[str, Artefact], *, multi
 def _merge(parts: Sequence[SourceExamples]) -> SourceExamples:
     """The examples of both shards in record order, under one list of tasks."""
     tasks = tuple(sorted({task for part in parts for task in part.tasks}))
-    parts = [dataclasses.replace(part, task=_recode(part.task, part.tasks, tasks)) for part in parts]
-    arrays: dict[str, Any] = {f: np.concatenate([getattr(part, f) for part in parts]) for f in _PER_EXAMPLE}
-    shards: dict[str, Any] = {f: {s: v for part in parts for s, v in getattr(part, f).items()} for f in ("tallies", "weighed")}
-    whole = dataclasses.replace(parts[0], tasks=tasks, **shards, **arrays)
+    parts = [dataclasses.replace(part, tasks=tasks, task=_recode(part.task, part.tasks, tasks)) for part in parts]
+    whole = parts[0]
+    if len(parts) > 1:
+        arrays: dict[str, Any] = {f: np.concatenate([getattr(part, f) for part in parts]) for f in _PER_EXAMPLE}
+        tallies = {shard: tally for part in parts for shard, tally in part.tallies.items()}
+        whole = dataclasses.replace(whole, tallies=tallies, **arrays)
     place = whole.row << 32 | whole.part
     return whole if (place[1:] > place[:-1]).all() else whole.at(np.argsort(place))
 
 
 def _recode(codes: Int32, names: Sequence[str], wanted: Sequence[str]) -> Int32:
+    if tuple(names) == tuple(wanted):
+        return codes
     place = {name: i for i, name in enumerate(wanted)}
     return np.array([place[name] for name in names] or [0], np.int32)[codes]
 
@@ -183,13 +194,15 @@ def held_out_records(split: Artefact, names: Sequence[str]) -> dict[str, np.ndar
     """Whether each record of each source is held out, by source."""
     table = read_table(split.file("split.parquet"), SPLIT).unify_dictionaries()
     sources = table["source"].combine_chunks()
-    rows, is_held_out, code = table["row"].to_numpy(), table["is_held_out"].to_numpy(), sources.indices.to_numpy()
     known = sources.dictionary.to_pylist()
-    found = {}
-    for name in names:
-        mine = np.flatnonzero(code == (known.index(name) if name in known else -1))  # a source may have no record
-        found[name] = np.zeros(len(mine), bool)
-        found[name][rows[mine]] = is_held_out[mine]
+    code = sources.indices.to_numpy().copy()  # for arrays that cannot be written to the loop would be compiled anew
+    of_source, begins = sort_by_code(code, num_codes=len(known))
+    rows, is_held_out = table["row"].to_numpy(), table["is_held_out"].to_numpy()
+    found = {name: np.zeros(0, bool) for name in names}  # a source may have no record
+    for name, mine in zip(known, np.split(of_source, begins[1:]), strict=True):
+        if name in found:
+            found[name] = np.zeros(len(mine), bool)
+            found[name][rows[mine]] = is_held_out[mine]
     return found
 
 
@@ -199,11 +212,11 @@ def _drops(artefact: Artefact, name: str) -> pa.Table:
     return table.filter(pc.and_(pc.equal(table["source"].cast(pa.string()), name), pc.invert(table["keep"])))
 
 
-def _set_fates(fate: np.ndarray, details: dict[int, str], table: pa.Table, *, reason: str, detail: str) -> None:
+def _set_fates(fate: Fates, details: dict[int, str], table: pa.Table, *, reason: str, detail: str) -> None:
     """Writes the first reason that a table gives for a record over what another stage said of it."""
     rows, first = np.unique(table["row"].to_numpy(), return_index=True)
     chosen = table.take(pa.array(first))
-    fate[rows] = chosen[reason].to_pylist()
+    fate.put_each(rows, chosen[reason])
     details.update(zip(rows.tolist(), chosen[detail].to_pylist(), strict=True))
 
 
@@ -218,23 +231,26 @@ def flags_at(rows: Int64, num: int) -> np.ndarray:
     return flags
 
 
-def _settle_fates(
-    examples: SourceExamples, fate: np.ndarray, details: dict[int, str], *, record_weights: Float64
-) -> SourceExamples:
+def _settle_fates(examples: SourceExamples, fate: Fates, details: dict[int, str], *, record_weights: Float64) -> SourceExamples:
     """The examples that may be drawn, and a fate for every record that has none of them."""
-    is_open_record, is_held_out = fate == "", fate == HELD_OUT
+    is_open_record, is_held_out = fate.are(OPEN), fate.are(HELD_OUT)
     is_open = is_open_record[examples.row]
     drawable = is_open & (examples.weight > 0)
-    fate[is_open_record & ~flags_at(examples.row, len(fate))] = NOT_RENDERED
-    unweighted = np.flatnonzero(flags_at(examples.row[is_open], len(fate)) & ~flags_at(examples.row[drawable], len(fate)))
-    fate[unweighted] = NO_LOSS_WEIGHT
-    tasks_in_training = np.flatnonzero(np.bincount(examples.task[~is_held_out[examples.row]], minlength=len(examples.tasks)))
+    fate.put(is_open_record & ~flags_at(examples.row, len(fate)), NOT_RENDERED)
+    unweighted = np.zeros(0, np.int64)
+    if not (drawable == is_open).all():
+        unweighted = np.flatnonzero(flags_at(examples.row[is_open], len(fate)) & ~flags_at(examples.row[drawable], len(fate)))
+    fate.put(unweighted, NO_LOSS_WEIGHT)
+    in_training = examples.task if not is_held_out.any() else examples.task[~is_held_out[examples.row]]
+    tasks_in_training = np.flatnonzero(np.bincount(in_training, minlength=len(examples.tasks)))
     details.update((row, RECORD_WEIGHT_0 if record_weights[row] == 0 else "") for row in unweighted.tolist())
     tasks = tuple(examples.tasks[i] for i in tasks_in_training)
-    codes = np.zeros(len(examples.tasks), np.int32)
-    codes[tasks_in_training] = np.arange(len(tasks))
     kept = examples if drawable.all() else examples.at(drawable)
-    return dataclasses.replace(kept, tasks=tasks, task=codes[kept.task], fate=fate, details=details)
+    if len(tasks) < len(examples.tasks):
+        codes = np.zeros(len(examples.tasks), np.int32)
+        codes[tasks_in_training] = np.arange(len(tasks))
+        kept = dataclasses.replace(kept, task=codes[kept.task])
+    return dataclasses.replace(kept, tasks=tasks, fate=fate, details=details)
 
 
 def _tell_lost(settled: SourceExamples, rendered: SourceExamples, task: str | None) -> SourceExamples:
@@ -244,11 +260,11 @@ def _tell_lost(settled: SourceExamples, rendered: SourceExamples, task: str | No
     has_left = {name for name, left in zip(settled.tasks, num_left, strict=True) if left}
     for i, name in enumerate(rendered.tasks):
         if name not in has_left:
-            lost[name] = Counter(settled.fate[flags_at(rendered.row[rendered.task == i], num)].tolist())
-    unrendered = Counter(settled.fate[~flags_at(rendered.row, num)].tolist())
+            lost[name] = settled.fate.counts(flags_at(rendered.row[rendered.task == i], num))
+    unrendered = settled.fate.counts(~flags_at(rendered.row, num))
     if task is None:
         return dataclasses.replace(settled, lost=lost | {UNKNOWN_TASK: unrendered})
-    if task not in settled.tasks and not (settled.fate == HELD_OUT).all():
+    if task not in settled.tasks and not settled.fate.are(HELD_OUT).all():
         settled = dataclasses.replace(settled, tasks=(*settled.tasks, task))
     lost[task] = lost.get(task, Counter()) + unrendered
     return dataclasses.replace(settled, lost=lost)
@@ -291,7 +307,7 @@ class Joined:
 
     def _by_source(self) -> Strata:
         """The sources as strata; one that is kept for measuring as a whole is none, as it is with tasks."""
-        is_open = np.array([set(source.fate.tolist()) != {HELD_OUT} for source in self.sources])
+        is_open = np.array([set(source.fate.counts()) != {HELD_OUT} for source in self.sources])
         names = tuple(name for name, kept in zip(self.names, is_open, strict=True) if kept)
         return Strata(names, (np.cumsum(is_open) - 1)[self.source].astype(np.int32))
 
@@ -300,7 +316,7 @@ class Joined:
         told: dict[str, Counter[str]] = {}
         for name, source in zip(self.names, self.sources, strict=True):
             if self.over == "sources":
-                told[name] = Counter(source.fate[source.fate != ""].tolist())
+                told[name] = Counter({fate: num for fate, num in source.fate.counts().items() if fate != OPEN})
                 continue
             for task, fates in source.lost.items():
                 told[task] = told.get(task, Counter()) + fates

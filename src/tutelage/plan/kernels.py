@@ -1,4 +1,4 @@
-"""Kernels: the two inner loops of `order`, compiled. The same numbers as plain NumPy, without its temporaries.
+"""Kernels: the inner loops of `order` and `assemble`, compiled. The same numbers as plain NumPy, without its temporaries.
 
 Whole numbers throughout, so results are equal on every machine. Compiled on first use, and kept on disk where a folder for
 it can be written.
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tutelage.compiled import kernel
-from tutelage.records import Float32, Float64, Int32, Int64
+from tutelage.records import Int32, Int64
 
 UInt64 = NDArray[np.uint64]
 
@@ -88,27 +88,68 @@ def _feistel(index: Int64, size: np.uint64, half: np.uint64, salts: UInt64, keys
     return out
 
 
-def sum_targets(example: Int32, value: Float32, count: Int32, *, factors: Float32, num: int) -> tuple[Float64, Int64]:
-    """Per example: the sum of its target weights (f64) and how many are above 0 (i64), in one pass.
+def sort_by_place(row: Int64, start: Int32, *, num_rows: int) -> Int32:
+    """The positions of documents (D,) by row and, in a row, by start. No two of a row start at the same place.
 
-    `count[i]` targets of example `example[i]` weigh float32(`value[i]` * factor); `factors` has one factor, or one per example.
-
-    >>> entries = np.array([0, 1, 1], np.int32), np.array([1, 0.5, 0], np.float32), np.array([3, 2, 9], np.int32)
-    >>> totals, supervised = sum_targets(*entries, factors=np.array([2], np.float32), num=2)
-    >>> totals.tolist(), supervised.tolist()
-    ([6.0, 2.0], [3, 2])
+    >>> sort_by_place(np.array([1, 0, 1]), np.array([4, 0, 0], np.int32), num_rows=2).tolist()
+    [1, 2, 0]
     """
-    totals, supervised = np.zeros(num), np.zeros(num, np.int64)
-    kernel(_sum_targets)(example, value, count, factors, totals, supervised)
-    return totals, supervised
+    out: Int32 = kernel(_sort_by_place)(row, start, num_rows)
+    return out
 
 
-def _sum_targets(example: Int32, value: Float32, count: Int32, factors: Float32, totals: Float64, supervised: Int64) -> None:
+def _sort_by_place(row: Int64, start: Int32, num_rows: int) -> Int32:
+    """Plain loops, for numba: a counting sort by row, then Shell's sort of each row, which is mostly a handful."""
+    end = np.zeros(num_rows + 1, np.int64)
+    for i in range(len(row)):
+        end[row[i] + 1] += 1
+    for r in range(num_rows):
+        end[r + 1] += end[r]
+    out = np.empty(len(row), np.int32)
+    for i in range(len(row)):  # turns the begin of each row into its end
+        r = row[i]
+        out[end[r]] = i
+        end[r] += 1
+    first = 0
+    for r in range(num_rows):
+        gap = 1
+        while 3 * gap + 1 < end[r] - first:
+            gap = 3 * gap + 1
+        while gap > 0:
+            for at in range(first + gap, end[r]):
+                item, to = out[at], at
+                while to - gap >= first and start[out[to - gap]] > start[item]:
+                    out[to] = out[to - gap]
+                    to -= gap
+                out[to] = item
+            gap //= 3
+        first = end[r]
+    return out
+
+
+def sort_by_code(code: Int32, *, num_codes: int) -> tuple[Int32, Int64]:
+    """The positions sorted by code, equal codes in their order, and where those of each code begin.
+
+    >>> positions, begins = sort_by_code(np.array([1, 0, 1, 3], np.int32), num_codes=4)
+    >>> positions.tolist(), begins.tolist()
+    ([1, 0, 2, 3], [0, 1, 3, 3])
+    """
+    positions, begins = kernel(_sort_by_code)(code, num_codes)
+    return positions, begins
+
+
+def _sort_by_code(code: Int32, num_codes: int) -> tuple[Int32, Int64]:
     """Plain loops, for numba."""
-    is_one = len(factors) == 1
-    for i in range(len(example)):
-        at = example[i]
-        product = np.float32(value[i] * (factors[0] if is_one else factors[at]))
-        totals[at] += np.float64(product) * count[i]
-        if product > 0:
-            supervised[at] += count[i]
+    begins, place = np.zeros(num_codes, np.int64), np.zeros(num_codes, np.int64)
+    for i in range(len(code)):
+        begins[code[i]] += 1
+    total = 0
+    for c in range(num_codes):
+        num = begins[c]
+        begins[c] = place[c] = total
+        total += num
+    positions = np.empty(len(code), np.int32)
+    for i in range(len(code)):
+        positions[place[code[i]]] = i
+        place[code[i]] += 1
+    return positions, begins

@@ -20,14 +20,15 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tutelage.plan.kernels import feistel, walk_tree
+from tutelage.plan.kernels import feistel, sort_by_code, walk_tree
 from tutelage.records import Int32, Int64
 
 UInt64 = NDArray[np.uint64]
@@ -38,7 +39,8 @@ _MAX_TASKS = 1 << 15  # batches hold tasks as int16
 _GOLDEN = 0x9E3779B97F4A7C15
 _SALTS = np.array([(number + 1) * 0xD1B54A32D192ED03 & 0xFFFFFFFFFFFFFFFF for number in range(_NARROW_ROUNDS)], np.uint64)
 _MAX_POSITIONS = 1 << 30  # k * a must stay inside 64 bits
-_CHUNK = 1 << 18  # positions worked on at a time: temporaries stay in cache and memory flat
+_THREADS = 2
+_CHUNK = 1 << 17  # positions worked on at a time: temporaries stay in cache and memory flat
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,31 @@ class Draws:
 
 
 @dataclass(frozen=True)
+class Behind:
+    """What earlier parts of a run drew of a task: its draws 0 to `end`, without those in `missed` (ascending).
+
+    >>> Behind(end=5, missed=np.array([1, 3])).onward(np.arange(4)).tolist()
+    [1, 3, 5, 6]
+    """
+
+    end: int
+    missed: Int64
+
+    def onward(self, occurrence: Int64) -> Int64:
+        """Which draw of the whole run the draws of this part are: those that were missed first, then those never reached."""
+        num = len(self.missed)
+        out: Int64 = self.end + occurrence - num
+        is_missed = occurrence < num
+        out[is_missed] = self.missed[occurrence[is_missed]]
+        return out
+
+    @property
+    def num_drawn(self) -> int:
+        """How many draws there were."""
+        return self.end - len(self.missed)
+
+
+@dataclass(frozen=True)
 class Order:
     """The order of a run: `counts` draws of each task from its `sizes` examples; `window` gives any part of it.
 
@@ -82,13 +109,19 @@ class Order:
     >>> [staged.tasks[t] for t in staged.window(0, 6).task], staged.window(0, 6).visit.tolist()
     (['a', 'a', 'a', 'b', 'a', 'b'], [0, 0, 1, 0, 1, 0])
 
-    Tasks are known by name: their order, and tasks without a draw, change nothing.
+    Tasks are known by name: their order, and tasks without a draw, change nothing. `behind` says what earlier parts of the same
+    run have drawn; passes go on from there.
+
+    >>> more = Order({"a": 2}, sizes={"a": 2, "b": 2}, behind={"a": Behind(end=3, missed=np.array([], np.int64))})
+    >>> more.window(0, 2).visit.tolist()                                   # the other record a second time, then a third pass
+    [1, 2]
     """
 
     counts: Mapping[str, int]
     sizes: Mapping[str, int]
     seed: int = 0
     stretches: Sequence[Mapping[str, int]] = ()
+    behind: Mapping[str, Behind] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self._before[-1].tolist() == [self.counts[name] for name in self.tasks], "stretches sum to the counts"
@@ -130,10 +163,19 @@ class Order:
     def window(self, start: int, stop: int) -> Draws:
         """The draws at positions `start : stop`, at a cost that does not depend on `start`."""
         draws = Draws(np.empty(stop - start, np.int32), np.empty(stop - start, np.int32), np.empty(stop - start, np.int64))
-        for a in range(start, stop, _CHUNK):
+
+        def draw(a: int) -> None:
             b = min(a + _CHUNK, stop)
             part, here = self._draw(a, b), slice(a - start, b - start)
             draws.task[here], draws.visit[here], draws.index[here] = part.task, part.visit, part.index
+
+        begins = range(start, stop, _CHUNK)
+        if len(begins) < 2:
+            for a in begins:
+                draw(a)
+        else:
+            with ThreadPoolExecutor(_THREADS, "order") as pool:  # compiled loops need no lock
+                list(pool.map(draw, begins))
         return draws
 
     def _interleave(self, start: int, stop: int) -> tuple[Int32, Int64]:
@@ -153,14 +195,16 @@ class Order:
     def _draw(self, start: int, stop: int) -> Draws:
         task, occurrence = self._interleave(start, stop)
         visit, index = np.empty_like(task), np.empty_like(occurrence)
-        by_task = np.argsort(task.astype(np.int16), kind="stable")  # 16 bits: NumPy sorts them by radix
-        edges = np.searchsorted(task[by_task], np.arange(len(self.tasks) + 1))
+        by_task, begins = sort_by_code(task, num_codes=len(self.tasks))
+        edges = [*begins.tolist(), len(task)]
         for t, name in enumerate(self.tasks):
             where = by_task[edges[t] : edges[t + 1]]
             if len(where):
-                passes, slot = np.divmod(occurrence[where], self.sizes[name])
+                nth = self.behind[name].onward(occurrence[where]) if name in self.behind else occurrence[where]
+                passes, slot = np.divmod(nth, self.sizes[name])  # rising: occurrences and missed draws are in order
                 visit[where] = passes
-                index[where] = permute(slot, size=self.sizes[name], keys=pass_keys(self.seed, name, passes))
+                keys = pass_keys(self.seed, name, np.arange(passes[0], passes[-1] + 1))[passes - passes[0]]
+                index[where] = permute(slot, size=self.sizes[name], keys=keys)
         return Draws(task, visit, index)
 
 

@@ -131,7 +131,7 @@ def impute(sampled: SampledSource, rendered: Path, tally: Artefact, *, into: Pat
     write_table(
         into / "dropped.parquet", again.set_column(again.column_names.index("row"), "row", pa.array(rows[where])).cast(DROPPED)
     )
-    write_tally(tally_into, [_borrowed_tally(read_tally(tally), examples)], Silent())
+    write_tally(tally_into, [_borrowed_tally(read_tally(tally), examples)], borrowed, Silent())
 
 
 def _spread(of_line: Int64, lines: Int64, *, num_lines: int) -> tuple[Int64, Int64]:

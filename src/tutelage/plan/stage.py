@@ -24,6 +24,7 @@ from tutelage.errors import PlanError
 from tutelage.plan.advice import advise
 from tutelage.plan.assemble import Plan, mixture_facts, plan_candidates, step_facts, strata_facts
 from tutelage.plan.deciles import decile_facts
+from tutelage.plan.fates import OPEN, Fates
 from tutelage.plan.join import (
     HELD_OUT,
     NOT_DRAWN,
@@ -37,6 +38,7 @@ from tutelage.plan.join import (
 )
 from tutelage.plan.mixtures import online_rule
 from tutelage.plan.online import OnlineRule
+from tutelage.plan.onward import Part, earlier_by_name, what_is_behind
 from tutelage.plan.schedule_spec import Online
 from tutelage.plan.spec import BatchSpec, LossRule, MixSpec
 from tutelage.plan.supervision import length_facts, supervise, supervision_facts
@@ -61,6 +63,8 @@ class PlanInputs:
     split: Stage
     weighted_reads: Mapping[str, Stage] = field(default_factory=dict)
     """The `read` boxes of the sources whose records state weights."""
+    earlier: Sequence[Part] = ()
+    """The parts of a run that this one goes on from: passes continue, and caps count the visits of all parts."""
 
     @cached_property
     def tallies(self) -> dict[str, Stage]:
@@ -71,7 +75,7 @@ class PlanInputs:
         """`render NAME`, `rerender NAME`, `tally NAME`, `retally NAME`, `screen NAME`, `read NAME`, `copies`, `split`."""
         kinds = {"render": self.renders, "rerender": self.rerenders, "screen": self.screens, "read": self.weighted_reads}
         named = {f"{kind} {name}": stage for kind, stages in kinds.items() for name, stage in stages.items()}
-        return named | self.tallies | {"copies": self.copies, "split": self.split}
+        return named | self.tallies | {"copies": self.copies, "split": self.split} | earlier_by_name(self.earlier)
 
 
 def plan_stage(
@@ -114,14 +118,19 @@ def plan_stage(
         with ThreadPoolExecutor(_THREADS, "join") as pool:
             sources = list(pool.map(join, names))
         joined = Joined(names, sources, loss, mix.over)
-        plan = plan_candidates(joined.candidates, mix=mix, batch=batch, max_tokens=max_tokens)
+        behind = what_is_behind(joined, artefacts, num_parts=len(inputs.earlier), seed=mix.seed)
+        candidates = dataclasses.replace(joined.candidates, behind=behind.draws)
+        plan = plan_candidates(candidates, mix=mix, batch=batch, max_tokens=max_tokens)
         rule = _online_rule(joined, plan, mix=mix, loss=loss)
         may_be_drawn = plan.num_visits > 0 if rule is None else np.isin(plan.tasks, list(rule.shares))[joined.candidates.task]
-        with ThreadPoolExecutor(1, "write") as pool:  # beside the sums
-            counts = pool.submit(_write, folder, joined, plan, may_be_drawn)
-            facts = _facts(joined, plan, mix=mix, loss=loss) | _online_facts(rule, plan, mix=mix)
-            for note in plan.notes:
+        with ThreadPoolExecutor(2, "write") as pool:  # beside the sums
+            planned = pool.submit(_write_planned, folder, joined, plan, may_be_drawn)
+            counts = pool.submit(_write_order, folder, joined, plan, may_be_drawn)
+            facts = _facts(joined, plan, mix=mix, loss=loss) | _online_facts(rule, plan, mix=mix) | behind.facts()
+            facts["notes"] = [*behind.notes(), *plan.notes]
+            for note in facts["notes"]:
                 progress.note(note)
+            planned.result()
             return Outcome(counts.result(), facts)
 
     return Stage("plan", 2, wanted, build, inputs=inputs.by_name())
@@ -146,22 +155,25 @@ def _online_facts(rule: OnlineRule | None, plan: Plan, *, mix: MixSpec) -> dict[
     return {"online": {"rule": rule.as_json(), **about}}
 
 
-def _write(folder: Path, joined: Joined, plan: Plan, may_be_drawn: np.ndarray) -> Counts:
-    """The tables, and the count of records; examples that are never drawn are left out, and the others renumbered."""
+def _write_planned(folder: Path, joined: Joined, plan: Plan, may_be_drawn: np.ndarray) -> None:
+    """The examples; those that are never drawn are left out."""
     drawn = np.flatnonzero(may_be_drawn)
-    number = np.zeros(len(plan.num_visits), np.int32)
-    number[drawn] = np.arange(len(drawn))
-    source = joined.source[drawn]
     columns = {
-        "source": _labels(source, joined.names),
+        "source": _labels(joined.source[drawn], joined.names),
         "shard": _labels(joined.column("shard")[drawn], SHARDS),
         "task": _labels(joined.candidates.task[drawn], plan.tasks),
         "multiplier": plan.multiplier[drawn],
         "weight": plan.weight[drawn],
         "num_visits": plan.num_visits[drawn],
+        "num_tokens": joined.candidates.num_tokens[drawn],
     }
-    columns |= {name: joined.column(name)[drawn] for name in ("index", "row", "part", "num_tokens")}
+    columns |= {name: joined.column(name)[drawn] for name in ("index", "row", "part")}
     write_table(folder / "planned.parquet", pa.table({name: columns[name] for name in PLANNED.names}, schema=PLANNED))
+
+
+def _write_order(folder: Path, joined: Joined, plan: Plan, may_be_drawn: np.ndarray) -> Counts:
+    """The visits and the steps, with examples numbered as `_write_planned` does; and the account."""
+    number = np.cumsum(may_be_drawn, dtype=np.int32) - np.int32(1)
     placed = dataclasses.replace(plan.placements, example=number[plan.placements.example])
     write_table(folder / "placements.parquet", pa.table(vars(placed), schema=PLACEMENTS))
     steps = {"step": np.arange(len(plan.steps)), **vars(plan.steps)}
@@ -180,32 +192,40 @@ def _account(folder: Path, joined: Joined, may_be_drawn: np.ndarray) -> Counts:
         drawn = may_be_drawn[first : first + len(source.row)]
         first += len(source.row)
         fate = source.fate.copy()
-        fate[flags_at(source.row, len(fate)) & ~flags_at(source.row[drawn], len(fate))] = NOT_DRAWN
-        rows = np.flatnonzero(fate != "")
-        num_in += len(fate)
-        reasons.update(fate[rows])
-        tables.append(_dropped_table(source, rows, fate[rows]))
+        num = len(fate)
+        fate.put(flags_at(source.row, num) & ~flags_at(source.row[drawn], num), NOT_DRAWN)
+        rows = np.flatnonzero(~fate.are(OPEN))
+        num_in += num
+        reasons.update({reason: count for reason, count in fate.counts().items() if reason != OPEN})
+        tables.append(_dropped_table(source, rows, fate))
     write_table(folder / "dropped.parquet", pa.concat_tables(tables).unify_dictionaries())
     return Counts(num_in, num_in - reasons.total(), reasons)
 
 
-def _dropped_table(source: SourceExamples, rows: Int64, reasons: np.ndarray) -> pa.Table:
+def _dropped_table(source: SourceExamples, rows: Int64, fate: Fates) -> pa.Table:
     """Records by `row`, their join key; file and line stand in the source's conversations."""
-    own = {HELD_OUT, NOT_RENDERED, NOT_DRAWN}
-    details = [
-        "" if reason in own else source.details.get(row, "") for row, reason in zip(rows.tolist(), reasons.tolist(), strict=True)
-    ]
-    empty = pa.array([""] * len(rows), pa.string())
+    reasons, num = fate.labels(rows), len(rows)
+    empty = pa.repeat(pa.scalar("", pa.string()), num)
     columns = {
-        "source": pa.array([source.name] * len(rows), pa.string()).dictionary_encode(),
+        "source": pa.repeat(pa.scalar(source.name, pa.string()), num).dictionary_encode(),
         "file": empty.dictionary_encode(),
-        "line": np.full(len(rows), -1),
+        "line": np.full(num, -1),
         "row": rows,
-        "reason": pa.array(reasons.tolist(), pa.string()).dictionary_encode(),
-        "detail": pa.array(details, pa.string()),
+        "reason": reasons,
+        "detail": _details(source, rows, reasons),
         "excerpt": empty,
     }
     return pa.table({name: columns[name] for name in DROPPED.names}, schema=DROPPED)
+
+
+def _details(source: SourceExamples, rows: Int64, reasons: pa.DictionaryArray) -> pa.Array:
+    """What the stages before said of these records; nothing where the reason is our own."""
+    own = {HELD_OUT, NOT_RENDERED, NOT_DRAWN}
+    is_told = np.array([reason not in own for reason in reasons.dictionary.to_pylist()] or [False])
+    details = np.full(len(rows), "", object)
+    told = np.flatnonzero(is_told[reasons.indices.to_numpy()])
+    details[told] = [source.details.get(row, "") for row in rows[told].tolist()]
+    return pa.array(details, pa.string())
 
 
 def _facts(joined: Joined, plan: Plan, *, mix: MixSpec, loss: LossRule) -> dict[str, Any]:

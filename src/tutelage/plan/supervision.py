@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from tutelage.plan.spec import FullLoss, InstructionModelling, LossRule, ResponseLoss
+from tutelage.plan.sums import sum_cells
 from tutelage.plan.tally import KIND_NAMES, NUM_CELLS, WRITTEN, Tally
 from tutelage.plan.weights import cell_table, weigh_tally
-from tutelage.records import Float64, Int32, Kind
+from tutelage.records import Float64, Int32, Int64, Kind
 
 POLICIES: Mapping[str, LossRule] = {
     "response": ResponseLoss(),
@@ -54,14 +55,24 @@ def supervise(sets: Sequence[TalliedSet], *, num_tasks: int, loss: LossRule) -> 
     sums = np.zeros((3, num_tasks, NUM_CELLS))
     num_multi_turn = np.zeros(num_tasks)
     for one in sets:
-        sums += _sums(one, num_tasks=num_tasks, loss=loss)
-        num_multi_turn += np.bincount(one.task, weights=one.num_visits * (one.tally.num_requests > 1), minlength=num_tasks)
+        here, several = _sums(one, num_tasks=num_tasks, loss=loss)
+        sums += here
+        num_multi_turn += several
     targets, weight = sums[:2].reshape(2, num_tasks, _NUM_KINDS, 2).sum(axis=3)
     return Supervision(targets, weight, num_multi_turn, sums[2].sum(axis=0))
 
 
-def _sums(one: TalliedSet, *, num_tasks: int, loss: LossRule) -> Float64:
-    """By task and cell of one set: targets, their weight, and their weight under a rule of 1 for everything (3, K, cells)."""
+def _sums(one: TalliedSet, *, num_tasks: int, loss: LossRule) -> tuple[Float64, Int64]:
+    """By task and cell of one set: targets, their weight, and their weight under a rule of 1 for everything (3, K, cells).
+
+    And the visits with several requests by task (K,).
+    """
+    counted, several, is_plain = sum_cells(one.tally, num_visits=one.num_visits, task=one.task, num_tasks=num_tasks)
+    targets = counted.astype(np.float64)
+    visited = np.flatnonzero(one.num_visits)
+    factors = [_only_value(multiplier, visited) for multiplier in (one.multiplier, one.plain_multiplier)]
+    if is_plain and factors[0] is not None and factors[1] is not None:
+        return np.stack([targets, targets * (cell_table(loss) * np.float32(factors[0])), targets * factors[1]]), several
     tally = one.tally
     here = tally.count * one.num_visits[tally.example].astype(np.float64)
     place = one.task[tally.example] * NUM_CELLS + tally.cell
@@ -70,14 +81,18 @@ def _sums(one: TalliedSet, *, num_tasks: int, loss: LossRule) -> Float64:
         sums: Float64 = np.bincount(place, weights=values, minlength=num_tasks * NUM_CELLS).astype(np.float64)
         return sums.reshape(num_tasks, NUM_CELLS)
 
-    targets = by_cell(here)
-    multipliers = np.stack([one.multiplier, one.plain_multiplier])[:, one.num_visits > 0]
-    if multipliers.size and (multipliers == multipliers[:, :1]).all() and (tally.turn_weight == 1).all():
-        final, plain = multipliers[:, 0]
-        return np.stack([targets, targets * (cell_table(loss) * np.float32(final)), targets * plain])
     product = weigh_tally(tally, loss=loss).value * one.multiplier.astype(np.float32)[tally.example]
     mass = here * tally.turn_weight * one.plain_multiplier[tally.example]
-    return np.stack([targets, by_cell(product * here), by_cell(mass)])
+    return np.stack([targets, by_cell(product * here), by_cell(mass)]), several
+
+
+def _only_value(values: Float64, where: Int64) -> float | None:
+    """The value at all of these places, None where they differ or there is none."""
+    if not len(where):
+        return None
+    first = values[where[0]]
+    is_same = (values == first).all() or (values[where] == first).all()
+    return float(first) if is_same else None
 
 
 def supervision_facts(found: Supervision, *, tasks: Sequence[str], loss: LossRule) -> dict[str, Any]:
