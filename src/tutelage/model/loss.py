@@ -11,52 +11,34 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from tutelage.errors import ModelError
 from tutelage.model.attention import ATTENTION_NAME, packed_documents
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    """How hidden states become logits, and how many rows at once: z = scale * (h W^T + bias), then softcap * tanh(z / softcap).
-
-    `chunk_rows` sets the memory of the loss and nothing else: 512 rows of a 49,152-word vocabulary are 100 MB in float32.
-    """
-
-    chunk_rows: int = 512
-    bias: Tensor | None = None
-    softcap: float | None = None
-    scale: float = 1.0
+from tutelage.model.chunks import Anchor as Anchor
+from tutelage.model.chunks import ChunkedLoss, Given, accumulator
+from tutelage.model.chunks import Head as Head
+from tutelage.model.chunks import LossOptions as LossOptions
+from tutelage.model.unpacked import rows_of, unpacked_states
+from tutelage.records import Float32, Int64
 
 
 @dataclass(frozen=True)
 class WeightedLoss:
-    """`loss_sum`: scalar sum of w * nll with its gradient. `nll_N`: detached, 0 where the weight is 0. `weight_sum`: scalar.
+    """`loss_sum`: scalar with its gradient. `nll_N`: detached, 0 where the weight is 0. `weight_sum`: scalar.
 
-    All three are float64 when the hidden states are, else float32.
+    `loss_sum` is the sum of w * nll, or of what the objective makes of it, with the pull of an anchor added; `kl_N` is the KL of
+    each position, detached, 0 where the anchor has no weight, None without one. All are float64 when the hidden states
+    are, else float32.
     """
 
     loss_sum: Tensor
     nll_N: Tensor
     weight_sum: Tensor
-
-
-@dataclass(frozen=True)
-class Head:
-    """The output layer of a model: `weight` [V, D], `bias` [V] or None, and what is done to the logits."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    softcap: float | None = None
-    scale: float = 1.0
-
-    def options(self, *, chunk_rows: int = 512) -> LossOptions:
-        """The `LossOptions` of this head."""
-        return LossOptions(chunk_rows=chunk_rows, bias=self.bias, softcap=self.softcap, scale=self.scale)
+    kl_N: Tensor | None = None
 
 
 def weighted_loss(
@@ -66,11 +48,13 @@ def weighted_loss(
     targets_N: Tensor,
     weights_N: Tensor,
     options: LossOptions | None = None,
+    anchor: Anchor | None = None,
+    rows_S: Tensor | None = None,
 ) -> WeightedLoss:
     """The `WeightedLoss` of N positions: sum_i w_i * -log softmax(logits_i)[target_i] over the positions with w_i > 0.
 
     `targets_N` is int64 and already shifted: `hidden_ND[i]` predicts `targets_N[i]`; where the weight is 0 it may hold
-    anything. Gradients flow to `hidden_ND`, and to head and bias where they ask for one. Logits exist for `chunk_rows`
+    anything. Gradients flow to `hidden_ND`, and to head and bias where they ask for one. Logits exist for one chunk of
     positions at a time and never again: the gradient is made in the same pass (one product less than recomputing).
     With 40 % of the positions supervised the head costs 40 %.
 
@@ -79,16 +63,28 @@ def weighted_loss(
     >>> [round(x, 4) for x in (loss.loss_sum.item(), loss.weight_sum.item(), *loss.nll_N.tolist())]
     [2.0794, 1.5, 0.0, 1.3863, 1.3863]
 
-    Raises `ModelError` on a negative or non-finite weight, or a supervised target outside the vocabulary.
+    With `options.objective` `dft` (Dynamic Fine-Tuning, arXiv 2508.05629, equation 9) the sum is of w_i * p_i * nll_i, where p_i
+    = p(target_i) has no gradient: here 1.5 * 1.3863 / 4 = 0.5199. It is divided by the same W as ever.
+
+    >>> loss = weighted_loss(hidden, head, targets_N=torch.tensor([0, 1, 2]), weights_N=torch.tensor([0.0, 1.0, 0.5]),
+    ...                      options=LossOptions(objective="dft"))
+    >>> round(loss.loss_sum.item(), 4), round(loss.nll_N.sum().item(), 4)
+    (0.5199, 2.7726)
+
+    An `anchor` adds the sum of v_i * KL_i. `rows_S` are the positions with some weight (see `counted_rows`), for callers who
+    know them and have checked weights and targets: finding them here waits for the device. Raises `ModelError` on a
+    negative or non-finite weight, or a supervised target outside the vocabulary.
     """
     options = options or LossOptions()
-    rows_S = _supervised_rows(hidden_ND, targets_N, weights_N, num_words=head_VD.shape[0])
+    if rows_S is None:
+        rows_S = _supervised_rows(hidden_ND, targets_N, weights_N, num_words=head_VD.shape[0], anchor=anchor)
     # Asked here because autograd.Function runs its forward with gradients off and would always hear "no".
     is_recording = torch.is_grad_enabled()
-    loss_sum, nll_N = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_ND.to(head_VD.dtype), head_VD, options.bias, _Targets(targets_N, weights_N, rows_S), options, is_recording
+    given = Given(targets_N, weights_N, rows_S, anchor)
+    loss_sum, nll_N, kl_N = ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_ND.to(head_VD.dtype), head_VD, options.bias, given, options, is_recording
     )
-    return WeightedLoss(loss_sum, nll_N, weights_N.to(loss_sum.dtype).sum())
+    return WeightedLoss(loss_sum, nll_N, weights_N.to(loss_sum.dtype).sum(), kl_N)
 
 
 def plain_weighted_loss(
@@ -98,21 +94,57 @@ def plain_weighted_loss(
     targets_N: Tensor,
     weights_N: Tensor,
     options: LossOptions | None = None,
+    anchor: Anchor | None = None,
 ) -> WeightedLoss:
     """What `weighted_loss` must return, written plainly with the full [N, V] logits: the reference, and slow."""
     options = options or LossOptions()
     is_on_N = weights_N > 0
-    logits_NV = F.linear(hidden_ND.to(head_VD.dtype), head_VD, options.bias).to(_accumulator(head_VD.dtype))
-    logits_NV = logits_NV * options.scale
-    if options.softcap is not None:
-        logits_NV = options.softcap * torch.tanh(logits_NV / options.softcap)
-    nll_N = F.cross_entropy(logits_NV, targets_N.where(is_on_N, 0), reduction="none").where(is_on_N, 0)
+    head = Head(head_VD, options.bias, options.softcap, options.scale)
+    log_p_NV = _plain_log_probabilities(hidden_ND, head)
+    nll_N = F.nll_loss(log_p_NV, targets_N.where(is_on_N, 0), reduction="none").where(is_on_N, 0)
     weights_N = weights_N.to(nll_N.dtype)
-    return WeightedLoss((weights_N * nll_N).sum(), nll_N.detach(), weights_N.sum())
+    share_N = torch.exp(-nll_N.detach()) if options.objective == "dft" else torch.ones_like(nll_N)
+    loss_sum, kl_N = (weights_N * share_N * nll_N).sum(), None
+    if anchor is not None:
+        log_q_NV = _plain_log_probabilities(anchor.hidden_ND, anchor.head).detach()
+        one, other = (log_q_NV, log_p_NV) if anchor.direction == "forward" else (log_p_NV, log_q_NV)
+        kl_N = (one.exp() * (one - other)).sum(-1).where(anchor.weights_N > 0, 0)
+        loss_sum = loss_sum + (anchor.weights_N * kl_N).sum()
+    return WeightedLoss(loss_sum, nll_N.detach(), weights_N.sum(), None if kl_N is None else kl_N.detach())
 
 
-def _supervised_rows(hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor, *, num_words: int) -> Tensor:
-    """int64 [S]: the positions with weight above 0. Raises `ModelError` on shapes, weights or targets that mean nothing."""
+def _plain_log_probabilities(hidden_ND: Tensor, head: Head) -> Tensor:
+    logits_NV = F.linear(hidden_ND.to(head.weight.dtype), head.weight, head.bias).to(accumulator(head.weight.dtype)) * head.scale
+    if head.softcap is not None:
+        logits_NV = head.softcap * torch.tanh(logits_NV / head.softcap)
+    return torch.log_softmax(logits_NV, -1)
+
+
+def counted_rows(targets: Int64, weights: Float32, *, num_words: int, pulls: Float32 | None = None) -> Int64:
+    """int64 (S,): the places that the loss must look at, those with weight above 0 in `weights` or `pulls` (an anchor's).
+
+    Weights and targets are checked here, on the host, so that `weighted_loss(rows_S=...)` need not ask the device.
+
+    >>> counted_rows(np.array([5, 6, -100]), np.array([0, 0.5, 0], np.float32), num_words=9).tolist()
+    [1]
+
+    Raises `ModelError` on a negative or non-finite weight, or a supervised target outside the vocabulary.
+    """
+    given = [weights] if pulls is None else [weights, pulls]
+    if not all(np.isfinite(some).all() and (some >= 0).all() for some in given):
+        raise ModelError(_ODD_WEIGHT)
+    chosen = targets[weights > 0]
+    if len(chosen) and not 0 <= chosen.min() <= chosen.max() < num_words:
+        raise ModelError(_ODD_TARGET.format(num_words))
+    return np.flatnonzero(np.any([some > 0 for some in given], axis=0))
+
+
+_ODD_WEIGHT = "loss weights must be finite and 0 or more; 0 leaves a position out, 1 is an ordinary target"
+_ODD_TARGET = "a supervised target lies outside the vocabulary of {} words; is this the model's own tokenizer?"
+
+
+def _supervised_rows(hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor, *, num_words: int, anchor: Anchor | None) -> Tensor:
+    """int64 [S]: the positions with some weight. Raises `ModelError` on shapes, weights or targets that mean nothing."""
     if not hidden_ND.shape[:1] == targets_N.shape == weights_N.shape:
         raise ModelError(
             f"the loss needs one target and one weight per hidden state; found hidden {tuple(hidden_ND.shape)}, "
@@ -120,116 +152,13 @@ def _supervised_rows(hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor, *,
         )
     if targets_N.dtype != torch.int64:
         raise ModelError(f"targets must be int64, found {targets_N.dtype}; call .long() on them")
-    if bool((~(weights_N >= 0) | weights_N.isinf()).any()):
-        raise ModelError("loss weights must be finite and 0 or more; 0 leaves a position out, 1 is an ordinary target")
-    rows_S = torch.nonzero(weights_N > 0).squeeze(1)
-    chosen_S = targets_N[rows_S]
+    pulls_N = weights_N if anchor is None else anchor.weights_N
+    if bool((~(weights_N >= 0) | weights_N.isinf() | ~(pulls_N >= 0) | pulls_N.isinf()).any()):
+        raise ModelError(_ODD_WEIGHT)
+    chosen_S = targets_N[torch.nonzero(weights_N > 0).squeeze(1)]
     if bool(((chosen_S < 0) | (chosen_S >= num_words)).any()):
-        raise ModelError(
-            f"a supervised target lies outside the vocabulary of {num_words} words; is this the model's own tokenizer?"
-        )
-    return rows_S
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of softmax and sums: float64 stays, everything narrower becomes float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@dataclass(frozen=True)
-class _Targets:
-    """Targets int64 [N], weights [N], and the positions [S] whose weight is above 0."""
-
-    targets_N: Tensor
-    weights_N: Tensor
-    rows_S: Tensor
-
-
-@dataclass
-class _Gradients:
-    """Gradients of the loss sum, filled chunk by chunk; None where nobody asked.
-
-    Head and bias are summed over chunks in the accumulator's dtype: added up in bfloat16, late chunks would vanish.
-    """
-
-    hidden_ND: Tensor | None
-    head_VD: Tensor | None
-    bias_V: Tensor | None
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """(loss_sum, nll_N). The gradients for a loss gradient of 1 are made in the forward and scaled in the backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        head_VD: Tensor,
-        bias_V: Tensor | None,
-        given: _Targets,
-        options: LossOptions,
-        is_recording: bool,
-    ) -> tuple[Tensor, Tensor]:
-        wants = [is_recording and need for need in ctx.needs_input_grad[:3]]
-        dtype = _accumulator(head_VD.dtype)
-        grads = _Gradients(
-            torch.zeros_like(hidden_ND) if wants[0] else None,
-            torch.zeros_like(head_VD, dtype=dtype) if wants[1] else None,
-            torch.zeros_like(bias_V, dtype=dtype) if wants[2] and bias_V is not None else None,
-        )
-        nll_N = torch.zeros(hidden_ND.shape[0], dtype=dtype, device=hidden_ND.device)
-        loss_sum = nll_N.new_zeros(())
-        for rows_R in torch.split(given.rows_S, options.chunk_rows):
-            weights_R = given.weights_N[rows_R].to(dtype)
-            nll_R, slopes_RV = _chunk(hidden_ND[rows_R], head_VD, bias_V, given.targets_N[rows_R], options=options)
-            nll_N[rows_R] = nll_R
-            loss_sum += weights_R @ nll_R
-            if any(wants):
-                _add_gradients(grads, slopes_RV.mul_(weights_R[:, None]), hidden_ND, head_VD, rows_R=rows_R)
-        made = (grads.hidden_ND, grads.head_VD, grads.bias_V)
-        ctx.save_for_backward(*(g if g is None else g.to(head_VD.dtype) for g in made))
-        ctx.mark_non_differentiable(nll_N)
-        return loss_sum, nll_N
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (g if g is None else g * grad_outputs[0] for g in ctx.saved_tensors)
-        return (*scaled, None, None, None)
-
-
-def _chunk(
-    hidden_RD: Tensor, head_VD: Tensor, bias_V: Tensor | None, targets_R: Tensor, *, options: LossOptions
-) -> tuple[Tensor, Tensor]:
-    """(nll_R, slopes_RV): the loss of R rows and its derivative by the head's raw output, made in the logits' own memory."""
-    logits_RV = F.linear(hidden_RD, head_VD, bias_V).to(_accumulator(head_VD.dtype))
-    if options.scale != 1.0:
-        logits_RV *= options.scale
-    bend_RV = None
-    if options.softcap is not None:
-        bend_RV = torch.tanh_(logits_RV.div_(options.softcap))
-        logits_RV = bend_RV * options.softcap
-    norm_R = logits_RV.logsumexp(-1)
-    targets_R1 = targets_R[:, None]
-    nll_R = norm_R - logits_RV.gather(1, targets_R1).squeeze(1)
-    slopes_RV = logits_RV.sub_(norm_R[:, None]).exp_()
-    slopes_RV.scatter_add_(1, targets_R1, slopes_RV.new_full(targets_R1.shape, -1.0))
-    if bend_RV is not None:
-        slopes_RV *= 1 - bend_RV.square_()
-    if options.scale != 1.0:
-        slopes_RV *= options.scale
-    return nll_R, slopes_RV
-
-
-def _add_gradients(grads: _Gradients, slopes_RV: Tensor, hidden_ND: Tensor, head_VD: Tensor, *, rows_R: Tensor) -> None:
-    """Nothing; adds one chunk's part to `grads`."""
-    narrow_RV = slopes_RV.to(head_VD.dtype)
-    if grads.hidden_ND is not None:
-        grads.hidden_ND[rows_R] = narrow_RV @ head_VD
-    if grads.head_VD is not None:
-        grads.head_VD += narrow_RV.T @ hidden_ND[rows_R]
-    if grads.bias_V is not None:
-        grads.bias_V += slopes_RV.sum(0)
+        raise ModelError(_ODD_TARGET.format(num_words))
+    return torch.nonzero((weights_N > 0) | (pulls_N > 0)).squeeze(1)
 
 
 def unwrapped(model: Any) -> Any:
@@ -243,21 +172,33 @@ def unwrapped(model: Any) -> Any:
             return model
 
 
-def hidden_states(model: Any, ids: Tensor, *, positions: Tensor | None = None, lengths: Sequence[int] | None = None) -> Tensor:
+def hidden_states(
+    model: Any,
+    ids: Tensor,
+    *,
+    positions: Tensor | None = None,
+    lengths: Sequence[int] | None = None,
+    embeddings_ND: Tensor | None = None,
+) -> Tensor:
     """[B * T, D]: the last hidden state of every token, through the decoder and its final norm but not the head.
 
     `ids` and `positions` are int64 [B, T]. With `lengths` there is one row (B = 1) of documents of that many tokens,
     each seeing itself alone; positions must restart at 0 in each and are made so when left out. Without `lengths` each
-    row is one sequence from its first token: pad on the right, where causality hides it. Raises `ModelError` when the
-    model was loaded without our attention, since lengths would then be ignored without a word.
+    row is one sequence from its first token: pad on the right, where causality hides it. A model that cannot keep packed
+    documents apart runs them as rows (see `unpacked`). `embeddings_ND` stand in for those of the tokens, N = B * T.
+
+    Raises `ModelError` when the model was loaded without our attention, since lengths would then be ignored without a word.
     """
     base = unwrapped(model)
+    if lengths is not None and (rows := rows_of(base)) is not None:
+        return unpacked_states(base, ids.flatten(), lengths=lengths, rows=rows, embeddings_ND=embeddings_ND)
     _require_attention(base, lengths)
     if positions is None and lengths is not None:
         positions = torch.cat([torch.arange(n, device=ids.device) for n in lengths])[None]
     places = {} if positions is None else {"position_ids": positions}
+    tokens = {"input_ids": ids} if embeddings_ND is None else {"inputs_embeds": embeddings_ND.view(*ids.shape, -1)}
     with packed_documents(lengths, device=ids.device) if lengths is not None else nullcontext():
-        output = base.base_model(input_ids=ids, attention_mask=None, use_cache=False, **places)
+        output = base.base_model(**tokens, attention_mask=None, use_cache=False, **places)
     hidden_BTD: Tensor = output.last_hidden_state
     return hidden_BTD.flatten(0, 1)
 
@@ -268,7 +209,7 @@ def _require_attention(base: Any, lengths: Sequence[int] | None) -> None:
     if lengths is not None and used != ATTENTION_NAME:
         raise ModelError(
             f"{type(base).__name__} attends by `{used}`, which mixes packed documents; load it with "
-            "tutelage.model.load_model(folder), or set `plan.pack: none`"
+            "tutelage.model.load_model(folder), or set `batch.pack: none`"
         )
 
 
