@@ -11,9 +11,9 @@ from plan_reference import chat
 from tutelage.errors import PlanError
 from tutelage.plan.assemble import make_plan
 from tutelage.plan.batch import Batches, InMemory
-from tutelage.plan.ranks import PADDING_ROW, RankRows, document_cost, share_rows
 from tutelage.plan.spec import BatchSpec, ResponseLoss
 from tutelage.plan.weights import weigh_examples
+from tutelage.ranks import PADDING_ROW, RankRows, document_cost, share_rows
 
 steps = st.lists(st.lists(st.integers(1, 64), max_size=5), min_size=1, max_size=30)
 """Rows of document lengths; a row of padding alone has none."""
