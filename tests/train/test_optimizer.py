@@ -8,7 +8,7 @@ import torch
 from tiny_training import make_batch, make_docs
 from toy import tiny_llama
 from tutelage.errors import TrainError
-from tutelage.train.optimizer import Optimizer
+from tutelage.train.optimizer import CHUNK, Optimizer
 from tutelage.train.spec import TrainSpec
 from tutelage.train.step import step_gradients
 
@@ -112,3 +112,31 @@ def test_closing_gives_the_model_its_gradients_back() -> None:
     Optimizer(model, TrainSpec()).close()
     model.matrix.sum().backward()
     assert model.matrix.grad is not None
+
+
+def test_gradients_of_narrow_weights_add_up_in_float32_over_passes_and_steps() -> None:
+    """Kills chunks that leave a tail out, sums in bfloat16, and kept memory that brings the last step's gradient along."""
+    model = torch.nn.Linear(CHUNK + 3, 2, bias=False, dtype=torch.bfloat16)
+    optimizer = Optimizer(model, TrainSpec())
+    master = optimizer.weights["weight"]
+    for _ in range(2):
+        optimizer.zero()
+        assert master.grad is None and model.weight.grad is None
+        for scale in (1.0, 2.0**-12, 2.0**-12):
+            (scale * model.weight.sum()).backward()
+        assert master.grad is not None and torch.equal(master.grad, torch.full_like(master, 1.0 + 2.0**-11))
+    optimizer.zero()
+    (model.weight.t()[:, :1].sum() * 1.0).backward()
+    assert master.grad is not None and master.grad.sum().item() == CHUNK + 3
+
+
+def test_a_weight_without_a_gradient_is_left_alone() -> None:
+    """Kills kept gradients of zero, under which AdamW still decays and drifts."""
+    model = Linear(torch.bfloat16)
+    optimizer = Optimizer(model, TrainSpec(weight_decay=0.5))
+    for used in ("both", "matrix"):
+        optimizer.zero()
+        (model.matrix.sum() + (model.norm.sum() if used == "both" else 0.0)).backward()
+        kept = optimizer.weights["norm"].detach().clone()
+        optimizer.step(0.1)
+    assert torch.equal(optimizer.weights["norm"], kept)

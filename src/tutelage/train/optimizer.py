@@ -1,4 +1,4 @@
-"""AdamW over float32 weights, whatever precision the model runs in.
+"""The optimizer over float32 weights, whatever precision the model runs in.
 
 A model in bfloat16 cannot take an update of a thousandth of a weight: its 8 bits round it away, and so do sums of
 gradients over micro-batches. So the optimizer holds each narrow weight and its gradient in float32 ("master"), and the
@@ -14,18 +14,23 @@ import torch
 from torch import Tensor
 
 from tutelage.errors import TrainError
+from tutelage.train.choice import choose
+from tutelage.train.memory import dump, load, starting_points
 from tutelage.train.spec import TrainSpec
 
 NARROW = (torch.bfloat16, torch.float16)
+CHUNK = 32_768
+"""Numbers widened at a time on a CPU: the wide copy stays in the cache, and torch starts no threads for so few."""
 
 
 class Optimizer:
-    """The trainable weights of a model by name, their gradients and AdamW's memory of them.
+    """The trainable weights of a model by name, their gradients and the optimizer's memory of them.
 
     Between `zero` and `step` any number of backward passes add to the gradients. `close` takes the hooks off the model.
+    `peak` is the run's peak learning rate, needed where groups have one of their own (`train.learning_rate` by default).
     """
 
-    def __init__(self, model: torch.nn.Module, spec: TrainSpec) -> None:
+    def __init__(self, model: torch.nn.Module, spec: TrainSpec, *, peak: float | None = None) -> None:
         self._working = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self._working:
             raise TrainError("the model has no trainable weight; choose `model.adapter: lora` or `full`")
@@ -38,13 +43,9 @@ class Optimizer:
                 widen: Any = parameter.register_post_accumulate_grad_hook
                 self._hooks.append(widen(_widen(self.weights[name])))
         self._max_grad_norm = spec.max_grad_norm
-        groups = [
-            {"params": [w for w in self.weights.values() if w.ndim >= 2], "weight_decay": spec.weight_decay},
-            {"params": [w for w in self.weights.values() if w.ndim < 2], "weight_decay": 0.0},  # norms and biases
-        ]
-        groups = [group for group in groups if group["params"]]
-        beta1, beta2 = spec.betas
-        self._adamw = torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=1e-8, fused=True)
+        self._chosen = choose(self.weights, spec, peak=peak)
+        self._torch = self._chosen.optimizer
+        self._before = starting_points(self._torch)
 
     @property
     def num_weights(self) -> int:
@@ -59,7 +60,8 @@ class Optimizer:
     def clip(self) -> float:
         """The norm of the whole gradient before it was scaled down to the bound; not finite when a part of it is not."""
         gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm: Any = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of gradients cut over ranks
         size = float(norm)
         if self._max_grad_norm is not None and math.isfinite(size):
             torch.nn.utils.clip_grads_with_norm_(list(self.weights.values()), self._max_grad_norm, norm)
@@ -67,18 +69,16 @@ class Optimizer:
 
     def step(self, learning_rate: float) -> None:
         """Nothing; moves the weights along their gradients, and the model's rounded copies with them."""
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
-        self._adamw.step()
+        self._chosen.set_rate(learning_rate)
+        self._torch.step()
         self._refresh()
 
     def memory(self) -> dict[str, Tensor]:
-        """AdamW's tensors by `what/weight name`; empty before the first step."""
-        names = {id(weight): name for name, weight in self.weights.items()}
-        return {f"{what}/{names[id(p)]}": value for p, state in self._adamw.state.items() for what, value in state.items()}
+        """What the optimizer remembers by `what/weight name` (see `memory.py`); AdamW nothing before the first step."""
+        return dump(self._torch, self.weights, self._before)
 
     def restore(self, weights: dict[str, Tensor], memory: dict[str, Tensor] | None = None) -> None:
-        """Nothing; takes weights, and AdamW's tensors where given, from a checkpoint. Raises `TrainError` on a misfit."""
+        """Nothing; takes weights, and the optimizer's memory where given, from a checkpoint. Raises `TrainError` on a misfit."""
         mine = {name: tuple(weight.shape) for name, weight in self.weights.items()}
         theirs = {name: tuple(weight.shape) for name, weight in weights.items()}
         if mine != theirs:
@@ -92,12 +92,7 @@ class Optimizer:
                 weight.copy_(weights[name])
         self._refresh()
         if memory is not None:
-            self._adamw.state.clear()
-            for name, value in memory.items():
-                what, _, weight_name = name.partition("/")
-                weight = self.weights[weight_name]
-                place = torch.device("cpu") if what == "step" and weight.device.type == "cpu" else weight.device
-                self._adamw.state[weight][what] = value.to(place, copy=True)
+            load(self._torch, self.weights, memory)
 
     def close(self) -> None:
         """Nothing; the model's own gradients work as before."""
@@ -112,12 +107,30 @@ class Optimizer:
 
 
 def _widen(master: Tensor) -> Any:
-    """A hook that moves a parameter's fresh gradient into its float32 master, where gradients are added up."""
+    """A hook that moves a parameter's fresh gradient into its float32 master, where gradients are added up.
+
+    The wide gradient's memory is kept from step to step: pages that the system hands out anew cost as much as the sum.
+    """
+    kept: list[Tensor] = []
 
     def move(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        fresh = parameter.grad.float()
-        master.grad = fresh if master.grad is None else master.grad.add_(fresh)
-        parameter.grad = None
+        fresh, parameter.grad = parameter.grad, None
+        if master.grad is not None:
+            _add(fresh, to=master.grad)
+            return
+        if not kept:
+            kept.append(torch.empty_like(master, requires_grad=False))
+        master.grad = kept[0].copy_(fresh)
 
     return move
+
+
+def _add(narrow: Tensor, *, to: Tensor) -> None:
+    """Nothing; adds `narrow` to a wide tensor. A CPU would write the wide copy to memory first, so it goes by chunks there."""
+    if to.device.type != "cpu" or type(to) is not Tensor or not (narrow.is_contiguous() and to.is_contiguous()):
+        to.add_(narrow)
+        return
+    wide, fresh = to.view(-1), narrow.view(-1)
+    for start in range(0, wide.numel(), CHUNK):
+        wide[start : start + CHUNK].add_(fresh[start : start + CHUNK])
