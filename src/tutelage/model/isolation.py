@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from tutelage.errors import ModelError
 from tutelage.model.loss import Head, head_of, hidden_states, unwrapped
+from tutelage.model.unpacked import Rows, mark_rows
 
 PROBE_LENGTHS = (7, 12, 3, 11, 12)
 """Unequal, with near-equal ones among them, so that documents are both grouped and padded."""
@@ -58,19 +60,47 @@ def require_isolation(model: Any) -> float:
     try:
         probe = _probe(model, PROBE_LENGTHS)
     except (TypeError, AttributeError, RuntimeError) as error:
-        raise ModelError(f"{name} cannot run packed documents ({error}); set `plan.pack: none`") from error
+        raise ModelError(f"{name} cannot run packed documents ({error}); set `batch.pack: none`") from error
     # Written as "not <=" so that a NaN fails.
     if not probe.leak <= LEAK_SHARE * probe.spread:
         raise ModelError(
             f"{name} does not keep packed documents apart: changing one moves another's logits by {probe.leak:.2g} (their spread "
-            f"is {probe.spread:.2g}); set `plan.pack: none`"
+            f"is {probe.spread:.2g}); set `batch.pack: none`"
         )
     if not probe.difference <= NOISE_SHARE[probe.dtype] * probe.spread:
         raise ModelError(
             f"{name} does not keep packed documents as they are alone: logits differ by {probe.difference:.2g} (their spread is "
-            f"{probe.spread:.2g}); set `plan.pack: none`"
+            f"{probe.spread:.2g}); set `batch.pack: none`"
         )
     return probe.difference
+
+
+def require_unpacked(model: Any) -> Rows:
+    """How right-padded rows of this model must be run; from here on `hidden_states` runs its documents so.
+
+    For models that `require_isolation` refuses. A row alone must give what it gives beside longer rows with padding behind
+    it: first without an attention mask, then with one. Raises `ModelError`, naming the architecture, when neither does.
+    """
+    base = unwrapped(model)
+    name = type(base).__name__
+    found: dict[Rows, str] = {}
+    for rows in ("plain", "masked"):
+        mark_rows(base, rows)
+        try:
+            probe = _probe(model, PROBE_LENGTHS)
+        except (TypeError, AttributeError, RuntimeError) as error:
+            found[rows] = str(error)
+        else:
+            # Logits that are no numbers are not judged here: the loss will name them.
+            is_as_alone = probe.difference <= NOISE_SHARE[probe.dtype] * probe.spread and probe.leak <= LEAK_SHARE * probe.spread
+            if is_as_alone or math.isnan(probe.spread):
+                return rows
+            found[rows] = f"logits differ by {probe.difference:.2g}, their spread is {probe.spread:.2g}"
+    mark_rows(base, None)
+    raise ModelError(
+        f"{name} gives a row other logits when padding stands behind it (without a mask: {found['plain']}; with one: "
+        f"{found['masked']}): it looks ahead, so its next-token loss means nothing; take a causal model"
+    )
 
 
 @torch.no_grad()
