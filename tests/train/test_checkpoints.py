@@ -76,6 +76,17 @@ def test_a_flipped_byte_sends_the_run_to_the_checkpoint_before_with_a_message(tm
     assert line.startswith("checkpoint step-000020 is not used: ") and line.endswith("; going back to the one before it")
 
 
+@given(file=st.sampled_from(FILES), place=st.floats(0, 1, exclude_max=True), mask=st.integers(1, 255))
+def test_no_byte_can_change_unseen(tmp_path_factory: pytest.TempPathFactory, file: str, place: float, mask: int) -> None:
+    """Kills a file that no digest covers, and a manifest whose own damage is read as fewer files."""
+    folder = Checkpoints(tmp_path_factory.mktemp("run")).save(snapshot(10))
+    assert damage(folder) is None
+    data = bytearray((folder / file).read_bytes())
+    data[int(place * len(data))] ^= mask
+    (folder / file).write_bytes(data)
+    assert damage(folder) is not None
+
+
 @pytest.mark.parametrize("file", ["weights.safetensors", "manifest.json"])
 def test_a_missing_file_is_damage_too(tmp_path: Path, file: str) -> None:
     """Kills a check that looks only at the files that are there."""

@@ -82,12 +82,15 @@ class Checkpoints:
         position = snapshot.position
         new = self.folder / f".new-{position.step:06d}-{os.getpid()}"
         new.mkdir()
-        _save_tensors(new / "weights.safetensors", snapshot.weights)
+        save_tensors(new / "weights.safetensors", snapshot.weights)
         fault_point("checkpoint:write")
-        _save_tensors(new / "optimizer.safetensors", snapshot.optimizer)
-        _save_tensors(new / "random.safetensors", snapshot.random)
+        save_tensors(new / "optimizer.safetensors", snapshot.optimizer)
+        save_tensors(new / "random.safetensors", snapshot.random)
         write_atomic(new / POSITION, canonical_json(dataclasses.asdict(position)).encode())
-        files = {path.name: digest_bytes(path) for path in sorted(new.iterdir())}
+        return self._finish(new, position, {path.name: digest_bytes(path) for path in sorted(new.iterdir())})
+
+    def _finish(self, new: Path, position: Position, files: Mapping[str, str]) -> Path:
+        """The checkpoint's folder in its place, the manifest written last, and those that are not kept gone."""
         fault_point("checkpoint:manifest")
         write_atomic(new / MANIFEST, canonical_json({"files": files}).encode())
         fault_point("checkpoint:rename")
@@ -105,9 +108,14 @@ class Checkpoints:
 
         What is passed over is said, and removed: the steps after it are trained again.
         """
+        step = self.newest()
+        return None if step is None else self.load(step)
+
+    def newest(self) -> int | None:
+        """The step of what `latest` loads."""
         for step in reversed(self.steps()):
             if (fault := self._fault(step)) is None:
-                return self.load(step)
+                return step
             self._progress.note(f"checkpoint {self.path(step).name} is not used: {fault}; going back to the one before it")
             self._remove(self.path(step))
         return None
@@ -177,7 +185,8 @@ def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Nothing; writes a safetensors file, durable."""
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
