@@ -11,10 +11,15 @@ PEERS = Path(__file__).resolve().parent / ".peers"
 TORCH = "torch==2.13.0"
 """Installed first and alone, then held as a constraint: else pip chooses another build of several gigabytes."""
 PACKAGES = {
-    "trl": ["trl==1.16.0", "datasets==5.2.0", "transformers==5.23.0"],
+    "trl": ["trl==1.16.0", "datasets==5.2.0", "transformers==5.23.0", "peft==0.21.0"],
     "axolotl": ["axolotl==0.19.0"],
     "llamafactory": ["llamafactory==0.9.5"],
 }
+ON_A_GPU = {
+    "liger": ["liger-kernel==0.8.5", "transformers==5.23.0", "peft==0.21.0"],
+    "unsloth": ["unsloth==2026.10.9"],
+}
+"""Peers of training that need a CUDA device."""
 REMOVED = {"llamafactory": ["torchvision", "torchaudio"]}
 """They come built for another torch, and stop transformers from being imported; preparing text needs neither."""
 MINUTES = 10
@@ -27,7 +32,7 @@ def python_of(peer: str) -> Path:
 
 def make_peer(peer: str) -> str:
     """Why the environment is not there, "" when it is; a failure is remembered until the wanted versions change."""
-    note, wanted = PEERS / peer / "installed.json", [TORCH, *PACKAGES[peer]]
+    note, wanted = PEERS / peer / "installed.json", [TORCH, *(PACKAGES | ON_A_GPU)[peer]]
     if note.is_file() and (found := json.loads(note.read_text()))["wanted"] == wanted:
         return str(found["problem"])
     print(f"making {peer}'s environment in {note.parent}, once: some gigabytes, some minutes", flush=True)
@@ -41,7 +46,11 @@ def make_peer(peer: str) -> str:
 def _install(peer: str) -> str:
     pip = [str(python_of(peer)), "-m", "pip", "install", "--quiet"]
     constraint = ["--constraint", str(PEERS / peer / "constraints.txt")]
-    commands = [[sys.executable, "-m", "venv", str(PEERS / peer)], [*pip, TORCH], [*pip, *constraint, *PACKAGES[peer]]]
+    commands = [
+        [sys.executable, "-m", "venv", str(PEERS / peer)],
+        [*pip, TORCH],
+        [*pip, *constraint, *(PACKAGES | ON_A_GPU)[peer]],
+    ]
     if peer in REMOVED:
         commands.append([*pip[:3], "uninstall", "--yes", *REMOVED[peer]])
     for command in commands:

@@ -11,8 +11,8 @@ from peer_meter import Meter, own_peak_bytes
 
 from tutelage.plan.assemble import Plan, make_plan, step_facts
 from tutelage.plan.fit import pack_lengths
-from tutelage.plan.ranks import document_cost, share_rows
 from tutelage.plan.spec import BatchSpec, MixSpec
+from tutelage.ranks import document_cost, share_rows
 
 Job = dict[str, Any]
 ROWS_PER_STEP, NUM_RANKS, ROWS_PER_LARGE_STEP = 8, 8, 64
