@@ -49,7 +49,7 @@ def test_a_row_with_an_all_ones_attention_mask_is_caught_as_contaminated(monkeyp
 
     monkeypatch.setattr(isolation, "hidden_states", contaminated)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        with pytest.raises(ModelError, match=r"LlamaForCausalLM.*plan.pack: none"):
+        with pytest.raises(ModelError, match=r"LlamaForCausalLM.*batch.pack: none"):
             require_isolation(tiny_llama(dtype=dtype))
 
 
@@ -69,7 +69,7 @@ def test_a_state_space_model_is_refused_by_name() -> None:
     """Kills: packing for an architecture that carries its state from one document into the next."""
     model = tiny_model("mamba")
     model.set_attn_implementation(attention.ATTENTION_NAME)
-    with pytest.raises(ModelError, match=r"MambaForCausalLM.*plan.pack: none"):
+    with pytest.raises(ModelError, match=r"MambaForCausalLM.*batch.pack: none"):
         require_isolation(model)
 
 

@@ -28,6 +28,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from tutelage.errors import ModelError
+from tutelage.model.short_attention import SHORTEST_FOR_FLASH, short_attention
 
 ATTENTION_NAME = "tutelage_documents"
 GROUP_RATIO = 0.8
@@ -40,7 +41,8 @@ _open_documents: ContextVar[Documents | None] = ContextVar("tutelage_documents",
 class Documents:
     """Where the documents of one packed row lie, and how they are regrouped to be attended together.
 
-    `index_P[p]` is the token that padded place p shows (padding repeats token 0); `places_T[t]` is the padded place
+    `index_P[p]` is the token that padded place p shows (padding repeats its document's last token, so that
+    numbers that are not finite stay in their document); `places_T[t]` is the padded place
     of token t. `shapes` are the (G, L) of the groups, in the order in which they lie in P. `starts_S` (int32, one more
     than documents) is where each document starts, closed by T. `window` is the number of keys seen back, None for all.
 
@@ -72,13 +74,18 @@ def make_documents(lengths: Sequence[int], *, device: torch.device | str) -> Doc
         for document in group:
             start, length = starts[document], lengths[document]
             places[start : start + length] = range(len(index), len(index) + length)
-            index.extend([*range(start, start + length), *[0] * (longest - length)])
+            index.extend([*range(start, start + length), *[start + length - 1] * (longest - length)])
+
+    def there(numbers: list[int], dtype: torch.dtype) -> Tensor:
+        # Made here and sent without waiting: a tensor made on a GPU from a list waits for all work before it.
+        return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
+
     return Documents(
         lengths=tuple(lengths),
         shapes=tuple(shapes),
-        index_P=torch.tensor(index, dtype=torch.int64, device=device),
-        places_T=torch.tensor(places, dtype=torch.int64, device=device),
-        starts_S=torch.tensor(starts, dtype=torch.int32, device=device),
+        index_P=there(index, torch.int64),
+        places_T=there(places, torch.int64),
+        starts_S=there(starts, torch.int32),
     )
 
 
@@ -133,7 +140,7 @@ def documents_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any
             f"{batch_size} x {q_length} queries and {kv_length} keys. Call the model with use_cache=False, attention_mask=None"
         )
     if kwargs.get("use_vmap") or getattr(kwargs.get("config"), "attention_chunk_size", None):
-        raise ModelError("this architecture attends by more than order and a window; set `plan.pack: none` for it")
+        raise ModelError("this architecture attends by more than order and a window; set `batch.pack: none` for it")
     return replace(documents, window=kwargs.get("local_size"))
 
 
@@ -156,7 +163,7 @@ def documents_attention(
         return _plain(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     for name in ("position_bias", "s_aux"):
         if kwargs.get(name) is not None:
-            raise ModelError(f"packed documents do not support `{name}` in attention; set `plan.pack: none` for this model")
+            raise ModelError(f"packed documents do not support `{name}` in attention; set `batch.pack: none` for this model")
     rule = AttentionRule(dropout=dropout, scale=scaling, softcap=kwargs.get("softcap"), window=attention_mask.window)
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]
     kernel = _varlen if _fits_varlen(query, rule) else _grouped
@@ -178,19 +185,21 @@ def _grouped(query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, *, documents
 
     Padding needs no mask: it comes after every real token of its row, so causality already hides it.
     """
-    padded = [_spread(x, documents) for x in (query_THD, key_TKD, value_TKD)]
-    outputs, begin = [], 0
-    for count, length in documents.shapes:
-        end = begin + count * length
-        group = [x[begin:end].view(count, length, *x.shape[1:]).transpose(1, 2) for x in padded]
+    sizes = [count * length for count, length in documents.shapes]
+    # Split, not sliced: the gradient of a slice is a whole array of zeros, made and added once per group.
+    padded = [torch.split(_spread(x, documents), sizes) for x in (query_THD, key_TKD, value_TKD)]
+    outputs = []
+    for shape, *parts in zip(documents.shapes, *padded, strict=True):
+        group = [x.view(*shape, *x.shape[1:]).transpose(1, 2) for x in parts]
         outputs.append(_attend(*group, rule=rule).transpose(1, 2).flatten(0, 1))
-        begin = end
     return _collect(torch.cat(outputs), documents)
 
 
 def _attend(query_GHLD: Tensor, key_GKLD: Tensor, value_GKLD: Tensor, *, rule: AttentionRule) -> Tensor:
     """[G, H, L, D]: causal attention inside each row, exact for a window and a soft cap."""
     length = query_GHLD.shape[2]
+    if is_short(query_GHLD, rule):
+        return short_attention(query_GHLD, key_GKLD, value_GKLD, scale=rule.scale, window=rule.window)
     band_LL = _band(length, rule.window, device=query_GHLD.device)
     if rule.softcap is not None:
         return _softcapped(query_GHLD, key_GKLD, value_GKLD, band_LL, rule=rule)
@@ -204,6 +213,12 @@ def _attend(query_GHLD: Tensor, key_GKLD: Tensor, value_GKLD: Tensor, *, rule: A
         scale=rule.scale,
         enable_gqa=query_GHLD.shape[1] != key_GKLD.shape[1],
     )
+
+
+def is_short(query_GHLD: Tensor, rule: AttentionRule) -> bool:
+    """Whether written-out attention is the faster one: on a CPU, for documents of up to a few hundred tokens."""
+    on_cpu = query_GHLD.device.type == "cpu"
+    return on_cpu and query_GHLD.shape[2] < SHORTEST_FOR_FLASH and rule.dropout == 0 and rule.softcap is None
 
 
 def _band(length: int, window: int | None, *, device: torch.device) -> Tensor | None:
@@ -269,8 +284,8 @@ def _collect(x_P: Tensor, documents: Documents) -> Tensor:
 
 
 class _Spread(torch.autograd.Function):
-    """x_P = x_T[index_P]. Backward is a gather too, because no gradient ever reaches padding: summing the repeats of
-    token 0 with `index_add` would cost more than the attention itself on a CPU.
+    """x_P = x_T[index_P]. Backward is a gather too, because no gradient ever reaches padding: summing the repeats
+    with `index_add` would cost more than the attention itself on a CPU.
     """
 
     @staticmethod
