@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: install install-dev first-run test lint format bench templates docs clean
+.PHONY: install install-dev first-run test lint format bench templates two-nodes docs clean
 
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev
@@ -37,14 +37,14 @@ test: install-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install-dev
-	$(BIN)/ruff check src tests benchmarks docs
-	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks scripts docs
+	$(BIN)/ruff format --check src tests benchmarks scripts docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: install-dev
-	$(BIN)/ruff check --fix src tests benchmarks docs
-	$(BIN)/ruff format src tests benchmarks docs
+	$(BIN)/ruff check --fix src tests benchmarks scripts docs
+	$(BIN)/ruff format src tests benchmarks scripts docs
 
 docs: install-dev
 	$(BIN)/python docs/build.py
@@ -53,10 +53,15 @@ bench: install-dev
 	$(BIN)/python benchmarks/prepare.py --quick
 	$(BIN)/python benchmarks/plan.py --quick
 	$(BIN)/python benchmarks/replan.py --quick
+	$(BIN)/python benchmarks/train.py --quick --check
 
 # TEMPLATES="--templates FILE.jsonl.zst --tokenizers FOLDER" sweeps a file of templates too
 templates: install-dev
 	$(BIN)/python benchmarks/templates.py --check $(TEMPLATES)
+
+# two machines in two network namespaces of this one: the same losses, and the same weights after one is killed; needs root
+two-nodes: install-dev
+	$(BIN)/python scripts/two_nodes.py
 
 clean:
 	rm -rf $(VENV) .tutelage runs

@@ -56,7 +56,7 @@ def page() -> str:
 
 
 def _section(path: str, definition: str, definitions: dict[str, Any], lines: list[str], done: set[str]) -> None:
-    if definition in done:
+    if definition in done or "properties" not in definitions[definition]:  # any JSON value, say
         return
     done.add(definition)
     body = definitions[definition]

@@ -333,6 +333,35 @@ def record_weights_by_place(right: Function) -> Function:
     return examples
 
 
+def targets_counted_once(right: Function) -> Function:
+    """Targets of a record counted once, however often it is visited."""
+
+    def sums(tally: Any, *, num_visits: np.ndarray, **more: Any) -> Any:
+        return right(tally, num_visits=np.minimum(num_visits, 1), **more)
+
+    return sums
+
+
+def fates_in_order_of_name(right: Function) -> Function:
+    """Each record of a table gets a reason of the table, but not its own."""
+
+    def put_each(self: Any, records: np.ndarray, names: Any) -> None:
+        right(self, records, names)
+        if len(records):
+            self._codes[records] = np.sort(self._codes[records])
+
+    return put_each
+
+
+def rows_in_packing_order(right: Function) -> Function:
+    """Documents sorted by row alone: in a row they stand as they were drawn."""
+
+    def sort(row: np.ndarray, start: np.ndarray, *, num_rows: int) -> np.ndarray:
+        return np.argsort(row, kind="stable").astype(np.int32)
+
+    return sort
+
+
 # --- plan: packing, windows, joining
 
 
@@ -433,10 +462,10 @@ def verdict_polarity_flipped(_: Function) -> Function:
 
 
 def mean_of_pass_means(right: Function) -> Function:
-    def gradients(model: Any, flat: Any, part: Any, *, total_weight: float, device: Any) -> Any:
+    def gradients(parallel: Any, flat: Any, part: Any, *, aim: Any, device: Any) -> Any:
         own = float(flat.weights[part.start : part.stop].sum())
         share = (part.stop - part.start) / len(flat.inputs)
-        return right(model, flat, part, total_weight=own / share or 1.0, device=device)
+        return right(parallel, flat, part, aim=dataclasses.replace(aim, total_weight=own / share or 1.0), device=device)
 
     return gradients
 
@@ -449,6 +478,14 @@ def weights_as_a_mask(right: Function) -> Function:
     return flat
 
 
+def head_counted_for_every_token(right: Function) -> Function:
+    return lambda work, lengths, *, num_targets: right(work, lengths, num_targets=sum(lengths))
+
+
+def frozen_layers_counted_as_trained(right: Function) -> Function:
+    return lambda module: True
+
+
 def checkpoints_never_found(_: Function) -> Function:
     return lambda self: None
 
@@ -459,6 +496,45 @@ def resume_without_random_state(_: Function) -> Function:
 
 def resume_without_moments(right: Function) -> Function:
     return lambda self, weights, memory=None: right(self, weights)
+
+
+def resume_that_skips_a_batch(right: Function) -> Function:
+    def go_on(self: Any) -> None:
+        right(self)
+        if 0 < self.position.step < self.num_steps - 1:
+            self.position = dataclasses.replace(self.position, step=self.position.step + 1)
+
+    return go_on
+
+
+def deadline_without_the_checkpoint(_: Function) -> Function:
+    return lambda self: 0.0
+
+
+def passes_begun_anew_by_an_extension(_: Function) -> Function:
+    return lambda self, occurrence: occurrence
+
+
+def extension_with_a_fresh_optimizer(right: Function) -> Function:
+    return lambda beginning, *rest: right(dataclasses.replace(beginning, optimizer="fresh"), *rest)
+
+
+def copies_of_held_out_answers(right: Function) -> Function:
+    def trained(artefacts: Any, held_out: Any, shards: Any, *, spec: Any, run: str) -> dict[str, Any]:
+        from tutelage.evaluate.overfit import Planned
+        from tutelage.tables import HELD_OUT, read_table
+
+        table = read_table(artefacts["held_out"].file("held_out.parquet"), HELD_OUT)
+        return right(artefacts, held_out, shards, spec=spec, run=run) | {"planned": Planned(table, shards)}
+
+    return trained
+
+
+def gap_of_two_mixtures(right: Function) -> Function:
+    def total(lines: Any, values: Any) -> Any:
+        return dataclasses.replace(right(lines, values), train=values["train_nll", ""].value)
+
+    return total
 
 
 def damage_overlooked(_: Function) -> Function:
@@ -478,6 +554,46 @@ def sums_in_bfloat16(_: Function) -> Function:
 
 def warmup_counted_into_the_fall(_: Function) -> Function:
     return lambda step, num_warmup, num_steps: step / max(1, num_steps - 1)
+
+
+# --- model: objectives
+
+
+def noise_scaled_by_the_row(right: Function) -> Function:
+    return lambda lengths, size, alpha: right([sum(lengths)], size, alpha)
+
+
+def dft_without_stop_gradient(right: Function) -> Function:
+    """d(-p log p) = p (1 + log p) (p - onehot): another objective, under which what is far off pulls the other way."""
+
+    def slopes(weights: Any, nll: Any, options: Any) -> Any:
+        made = right(weights, nll, options)
+        return made * (1 - nll) if options.objective == "dft" else made
+
+    return slopes
+
+
+def kl_the_other_way_round(right: Function) -> Function:
+    other = {"forward": "reverse", "reverse": "forward"}
+    return lambda log_p, anchor, rows: right(log_p, dataclasses.replace(anchor, direction=other[anchor.direction]), rows)
+
+
+def start_with_dropout(_: Function) -> Function:
+    """The adapter is off, but the model stays in training mode."""
+    return lambda model: model.disable_adapter()
+
+
+def start_that_moves_along(_: Function) -> Function:
+    return lambda model: model
+
+
+def pull_by_loss_weight_alone(right: Function) -> Function:
+    """Places that only the pull chose are left out."""
+    return lambda targets, weights, *, num_words, pulls=None: right(targets, weights, num_words=num_words)
+
+
+def noise_from_the_step_alone(right: Function) -> Function:
+    return lambda seed, step, example, visit: right(seed, step, 0, 0)
 
 
 # --- audit
@@ -620,6 +736,43 @@ def online_mixture_forgotten_on_resume(_: Function) -> Function:
     return lambda self, state: None
 
 
+def trainer_divides_by_passes(right: Function) -> Function:
+    """What transformers' Trainer does of itself: the mean over micro-batches of what already was divided by the whole."""
+
+    def wrong(run: Any, batch: Any) -> Any:
+        from tutelage.train.micro import rows_in_pass
+
+        found = right(run, batch)
+        for weight in run.optimizer.weights.values():
+            weight.grad /= -(-batch.num_rows // rows_in_pass(batch.inputs.shape[1], run.task.spec.micro_batch_rows))
+        return found
+
+    return wrong
+
+
+def padded_on_the_left(right: Function) -> Function:
+    """Rows as generation wants them, with nothing that hides the padding."""
+
+    def wrong(ids: Any, lengths: Any) -> Any:
+        padded, is_real = right(ids, lengths)
+        for row, length in enumerate(lengths):
+            padded[row], is_real[row] = padded[row].roll(-int(length)), is_real[row].roll(-int(length))
+        return padded, is_real
+
+    return wrong
+
+
+def stops_of_the_base_alone(right: Function) -> Function:
+    """An adapter's end tokens are those of the model below it."""
+
+    def wrong(folder: Any) -> Any:
+        from tutelage.model.names import base_folder
+
+        return right(base_folder(folder) if (Path(folder) / "adapter_config.json").is_file() else folder)
+
+    return wrong
+
+
 _TRAIN, _GRADIENT = "train/test_loop.py", "train/test_gradient.py"
 _AUDIT_TOKENS, _AUDIT = "audit/test_audit_tokens.py", "audit/test_audit_stage.py"
 _RATES, _ORDER, _WEIGHTS = "plan/test_rates.py", "plan/test_order.py", "plan/test_weights.py"
@@ -666,7 +819,106 @@ def dropped_records_previewed(_: Function) -> Function:
     return lambda source, done, *, num_records: np.ones(num_records, bool)
 
 
+# --- train: schedules, groups, rows of a pass; model: new tokens, patterns, merging
+
+
+def decay_one_step_late(right: Function) -> Function:
+    return lambda schedule, num_steps: right(schedule, num_steps) - 1
+
+
+def rate_of_groups_ignored(_: Function) -> Function:
+    def set_rate(self: Any, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    return set_rate
+
+
+def numbers_of_the_optimizer_forgotten(right: Function) -> Function:
+    def entry(what: str, owner: str, value: Any, optimizer: Any) -> Any:
+        import torch
+
+        return right(what, owner, value, optimizer) if isinstance(value, torch.Tensor) else {}
+
+    return entry
+
+
+def new_rows_at(value: float) -> Callable[[Function], Function]:
+    def replacement(right: Function) -> Function:
+        def make_room(model: Any, ids: Sequence[int], *, num_old: int) -> None:
+            import torch
+
+            right(model, ids, num_old=num_old)
+            with torch.no_grad():
+                for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                    layer.weight[list(ids)] = value * torch.randn_like(layer.weight[list(ids)])
+
+        return make_room
+
+    return replacement
+
+
+def merged_without_its_scale(right: Function) -> Function:
+    def merge_and_save(model: Any, folder: Any, **more: Any) -> Any:
+        layers = [module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict)]
+        kept = [dict(layer.scaling) for layer in layers]
+        for layer in layers:
+            layer.scaling = dict.fromkeys(layer.scaling, 1.0)
+        try:
+            return right(model, folder, **more)
+        finally:
+            for layer, scaling in zip(layers, kept, strict=True):
+                layer.scaling = scaling
+
+    return merge_and_save
+
+
+def patterns_as_prefixes(_: Function) -> Function:
+    return lambda pattern, name: f".{pattern.rstrip('*')}" in f".{name}"
+
+
+def passes_rounded_down(right: Function) -> Function:
+    def solve(num_rows: int, *, rows_per_pass: int, num_devices: int = 1, exact: bool = False) -> Any:
+        found = right(num_rows, rows_per_pass=rows_per_pass, num_devices=num_devices, exact=exact)
+        return dataclasses.replace(found, num_passes=max(1, num_rows // (rows_per_pass * num_devices)))
+
+    return solve
+
+
+def passes_without_a_fixed_part(_: Function) -> Function:
+    return lambda rise_of, limit: lambda n: n * rise_of(1) <= limit
+
+
+def weight_of_a_rank_alone(right: Function) -> Function:
+    """Each rank divides by the weight of its own rows, and the means are averaged."""
+
+    def wrong(flat: Any, *, num_ranks: int, **more: Any) -> Any:
+        share = right(flat, num_ranks=num_ranks, **more)
+        factor = flat.weights.sum() / (num_ranks * max(share.flat.weights.sum(), 1e-9))
+        weights = (share.flat.weights * factor).astype(np.float32)
+        return dataclasses.replace(share, flat=dataclasses.replace(share.flat, weights=weights))
+
+    return wrong
+
+
+def ranks_left_alone(right: Function) -> Function:
+    """Wide sums of narrow gradients stay with the rank that made them."""
+    return lambda weights, world: None
+
+
 MUTANTS: list[Mutant] = [
+    Mutant(
+        "W of a rank's own rows",
+        "tutelage.train.shares:share_of",
+        weight_of_a_rank_alone,
+        ("train/test_many_ranks.py::test_two_ranks_make_the_gradient_of_one",),
+    ),
+    Mutant(
+        "float32 masters that ranks keep to themselves",
+        "tutelage.train.parallel:_average",
+        ranks_left_alone,
+        ("train/test_many_ranks.py::test_two_ranks_make_the_gradient_of_one",),
+    ),
     Mutant(
         "remainder to the largest",
         "tutelage.plan.pour:round_to_total",
@@ -872,6 +1124,24 @@ MUTANTS: list[Mutant] = [
         ("plan/test_weights_stage.py::test_record_weights_multiply_their_records_only",),
     ),
     Mutant(
+        "targets counted once however often a record is visited",
+        "tutelage.plan.sums:sum_cells",
+        targets_counted_once,
+        ("plan/test_sums.py::test_cells_are_summed_over_visits",),
+    ),
+    Mutant(
+        "reasons of other records of the same table",
+        "tutelage.plan.fates:Fates.put_each",
+        fates_in_order_of_name,
+        ("plan/test_fates.py::test_the_last_fate_that_was_given_stands",),
+    ),
+    Mutant(
+        "documents of a row in the order of drawing",
+        "tutelage.plan.kernels:sort_by_place",
+        rows_in_packing_order,
+        ("plan/test_kernels.py::test_documents_are_sorted_by_row_and_start",),
+    ),
+    Mutant(
         "shift after packing",
         "tutelage.plan.weights:shift_targets",
         shift_after_packing,
@@ -939,13 +1209,13 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "rows dealt to ranks in order",
-        "tutelage.plan.ranks:_micro_batches",
+        "tutelage.ranks:_micro_batches",
         rows_dealt_in_order,
         ("plan/test_ranks.py::test_rows_of_long_documents_are_spread_though_all_rows_are_full",),
     ),
     Mutant(
         "rows balanced by tokens",
-        "tutelage.plan.ranks:document_cost",
+        "tutelage.ranks:document_cost",
         rows_balanced_by_tokens,
         ("plan/test_ranks.py::test_attention_is_half_of_the_cost_at_six_widths",),
     ),
@@ -980,6 +1250,60 @@ MUTANTS: list[Mutant] = [
         (f"{_GRADIENT}::test_bfloat16_weights_add_up_their_gradients_in_float32",),
     ),
     Mutant(
+        "head counted for every token",
+        "tutelage.train.flops:step_flops",
+        head_counted_for_every_token,
+        ("train/test_flops.py::test_a_fully_trained_model_is_counted_to_the_last_product",),
+    ),
+    Mutant(
+        "frozen layers counted as trained",
+        "tutelage.train.work:_is_trained",
+        frozen_layers_counted_as_trained,
+        ("train/test_flops.py::test_adapters_are_never_counted_for_more_than_they_do",),
+    ),
+    Mutant(
+        "noise scaled by the row",
+        "tutelage.model.noise:_bounds",
+        noise_scaled_by_the_row,
+        ("model/test_objective.py::test_noise_is_uniform_within_the_bound_of_its_own_document",),
+    ),
+    Mutant(
+        "noise keyed by the step alone",
+        "tutelage.model.objective:document_key",
+        noise_from_the_step_alone,
+        ("model/test_objective.py::test_keys_tell_seed_step_example_and_visit_apart",),
+    ),
+    Mutant(
+        "DFT without stop-gradient",
+        "tutelage.model.chunks:_slope_weights",
+        dft_without_stop_gradient,
+        ("model/test_objective.py::test_dft_weighs_each_token_by_its_own_probability",),
+    ),
+    Mutant(
+        "KL the other way round",
+        "tutelage.model.chunks:_pull",
+        kl_the_other_way_round,
+        ("model/test_objective.py::test_directions_by_hand",),
+    ),
+    Mutant(
+        "KL against a start with dropout",
+        "tutelage.model.start:_as_before",
+        start_with_dropout,
+        ("model/test_objective.py::test_the_start_of_an_adapter_is_the_model_without_it_and_without_dropout",),
+    ),
+    Mutant(
+        "KL against a start that moves along",
+        "tutelage.model.start:_frozen_copy",
+        start_that_moves_along,
+        ("model/test_objective.py::test_the_start_of_a_whole_model_stays_where_it_was_and_shares_what_is_frozen",),
+    ),
+    Mutant(
+        "KL on trained places alone",
+        "tutelage.model.loss:counted_rows",
+        pull_by_loss_weight_alone,
+        ("train/test_objectives.py::test_the_pull_through_a_step_is_the_formula",),
+    ),
+    Mutant(
         "checkpoints never found",
         "tutelage.train.state:Checkpoints.latest",
         checkpoints_never_found,
@@ -990,6 +1314,42 @@ MUTANTS: list[Mutant] = [
         "tutelage.train.state:set_random_state",
         resume_without_random_state,
         (f"{_TRAIN}::test_a_run_killed_after_any_step_ends_to_the_bit_as_if_it_had_not_been",),
+    ),
+    Mutant(
+        "resume that skips a batch",
+        "tutelage.train.loop:Run.go_on",
+        resume_that_skips_a_batch,
+        (f"{_TRAIN}::test_a_run_killed_after_any_step_ends_to_the_bit_as_if_it_had_not_been",),
+    ),
+    Mutant(
+        "deadline that forgets the checkpoint",
+        "tutelage.train.stopping:StopRequest._reserve",
+        deadline_without_the_checkpoint,
+        ("train/test_kills.py::test_the_deadline_is_kept_wherever_one_pass_and_a_checkpoint_fit",),
+    ),
+    Mutant(
+        "passes begun anew by an extension",
+        "tutelage.plan.order:Behind.onward",
+        passes_begun_anew_by_an_extension,
+        ("plan/test_onward.py::test_two_parts_draw_what_one_order_would",),
+    ),
+    Mutant(
+        "extension with a fresh optimizer",
+        "tutelage.train.extend:begin_from",
+        extension_with_a_fresh_optimizer,
+        ("train/test_extend.py::test_two_parts_at_a_constant_rate_are_one_run_to_the_bit",),
+    ),
+    Mutant(
+        "copies of held-out answers",
+        "tutelage.evaluate.stage:_trained",
+        copies_of_held_out_answers,
+        ("evaluate/test_overfit.py::test_what_is_copied_is_measured_against_what_was_trained_on",),
+    ),
+    Mutant(
+        "gap of two mixtures",
+        "tutelage.report.overfit:_total",
+        gap_of_two_mixtures,
+        ("report/test_report_overfit.py::test_both_losses_of_the_total_are_of_one_mixture",),
     ),
     Mutant(
         "resume without the optimizer's moments",
@@ -1122,6 +1482,78 @@ MUTANTS: list[Mutant] = [
         "tutelage.report.plan_tables:promises",
         one_promise_for_all_units,
         ("report/test_plan_tables.py::test_a_share_of_tokens_is_carried_into_the_other_units_by_mean_lengths",),
+    ),
+    Mutant(
+        "decay one step late",
+        "tutelage.train.schedule:_num_decay_steps",
+        decay_one_step_late,
+        ("train/test_schedule.py::test_warmup_stable_decay_has_its_golden_values",),
+    ),
+    Mutant(
+        "a group's own rate ignored",
+        "tutelage.train.choice:Chosen.set_rate",
+        rate_of_groups_ignored,
+        ("train/test_choice.py::test_each_group_follows_the_schedule_from_its_own_peak",),
+    ),
+    Mutant(
+        "an optimizer's numbers forgotten",
+        "tutelage.train.memory:_entry",
+        numbers_of_the_optimizer_forgotten,
+        ("train/test_choice.py::test_any_optimizer_goes_on_from_what_was_kept_to_the_bit",),
+    ),
+    Mutant(
+        "new rows of zeros",
+        "tutelage.model.embeddings:make_room",
+        new_rows_at(0.0),
+        ("model/test_embeddings.py::test_new_rows_are_the_mean_of_the_old_and_old_logits_stay",),
+    ),
+    Mutant(
+        "new rows at random",
+        "tutelage.model.embeddings:make_room",
+        new_rows_at(0.02),
+        ("model/test_embeddings.py::test_new_rows_are_the_mean_of_the_old_and_old_logits_stay",),
+    ),
+    Mutant(
+        "merged without alpha / rank",
+        "tutelage.model.save:merge_and_save",
+        merged_without_its_scale,
+        ("model/test_load_save.py::test_a_merged_model_answers_like_its_adapter_and_the_adapter_stays",),
+    ),
+    Mutant(
+        "patterns as prefixes",
+        "tutelage.model.patterns:matches",
+        patterns_as_prefixes,
+        ("model/test_freeze.py::test_brackets_and_stars_are_those_of_a_shell",),
+    ),
+    Mutant(
+        "passes rounded down",
+        "tutelage.train.batching:solve",
+        passes_rounded_down,
+        ("train/test_batching.py::test_passes_hold_every_row_and_one_pass_less_would_not",),
+    ),
+    Mutant(
+        "memory of a pass without its fixed part",
+        "tutelage.train.fitting:_estimated",
+        passes_without_a_fixed_part,
+        ("train/test_fitting.py::test_rows_follow_from_two_measurements_and_the_limit",),
+    ),
+    Mutant(
+        "the Trainer divides by its passes",
+        "tutelage.train.engines.hf_trainer:TrainerRun.gradients",
+        trainer_divides_by_passes,
+        ("train/test_hf_trainer.py::test_the_trainer_does_what_the_loop_does",),
+    ),
+    Mutant(
+        "rows padded on the left without a mask",
+        "tutelage.model.unpacked:padded_rows",
+        padded_on_the_left,
+        ("model/test_unpacked.py::test_a_state_space_model_runs_as_rows_and_each_row_is_as_alone",),
+    ),
+    Mutant(
+        "an adapter's stops forgotten",
+        "tutelage.model.names:describe",
+        stops_of_the_base_alone,
+        ("model/test_load_save.py::test_a_saved_adapter_reloads_in_plain_peft_and_here",),
     ),
 ]
 

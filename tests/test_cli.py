@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -169,6 +170,29 @@ def test_interrupting_leaves_a_state_that_the_same_command_goes_on_from(tmp_path
     again = tutelage(tmp_path, "train", "small.yaml", "--set", "mix.epochs=4")
     assert again.returncode == 0
     assert "going on from the checkpoint" in again.stderr
+
+
+def test_pre_emption_writes_a_checkpoint_and_exits_with_a_code_to_requeue_on(tmp_path: Path) -> None:
+    """Kills a SIGTERM that ends the process with the steps since the last checkpoint lost, or with an ordinary exit code."""
+    write_small(tmp_path)
+    arguments = ["train", "small.yaml", "--set", "mix.epochs=4", "--set", "train.checkpoint_every_steps=1000"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "tutelage", *arguments], cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        told = ""
+        for line in process.stderr:
+            told += line
+            if line.startswith("held-out loss after step 6"):
+                process.send_signal(signal.SIGTERM)
+                break
+        told += process.stderr.read()
+        assert process.wait() == 143, told
+    stopped = re.search(r"stopped after step (\d+) of (\d+); everything so far is kept", told)
+    assert stopped is not None and 6 <= int(stopped[1]) < int(stopped[2])
+    assert f"to go on: tutelage {' '.join(arguments)}" in told and "Traceback" not in told
+    (checkpoints,) = tmp_path.glob(".tutelage/work/train-*/checkpoints")
+    assert (checkpoints / f"step-{int(stopped[1]):06d}" / "manifest.json").exists()
 
 
 def test_new_looks_at_the_data_and_writes_a_recipe_that_is_right(tmp_path: Path) -> None:

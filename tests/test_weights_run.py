@@ -10,7 +10,7 @@ import pytest
 
 from small_recipe import write_small
 from tutelage import load_recipe, run
-from tutelage.pipeline import _batches
+from tutelage.pipeline import open_batches
 from tutelage.tables import PLANNED, read_dropped, read_table
 
 
@@ -34,7 +34,7 @@ def test_record_weights_and_normalising_reach_the_batches(tmp_path: Path) -> Non
     assert max(per_weight) == pytest.approx(min(per_weight))
     shards = {label: a for label, a in done.artefacts.items() if label.split(" ")[0] in ("render", "rerender")}
     plain = dict.fromkeys(plan.facts["tasks"], 0.0)
-    for batch in _batches({**shards, "plan": plan}):
+    for batch in open_batches({**shards, "plan": plan}):
         for document in batch.documents:
             line, slots = planned[document.example], slice(document.start, document.start + document.length)
             own = 2.0 if line["task"] == "words" else quality[line["row"]]

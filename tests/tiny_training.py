@@ -99,7 +99,10 @@ def measure_with(losses: Callable[[int], float]) -> Callable[[Any, int], Look]:
 
 
 def run_tiny(folder: Path, num_steps: int, *, measure: Any = None, progress: Any = None, **changes: Any) -> Any:
-    """(result, model) of a LoRA run with dropout, in float64, over `make_batches`; `changes` go to TrainSpec and Watch."""
+    """(result, model) of a LoRA run with dropout, in float64, over `make_batches`.
+
+    `changes` go to TrainSpec, to Watch, and to the adapter (`dropout`).
+    """
     from toy import tiny_llama
     from tutelage.model import add_adapter
     from tutelage.train.loop import Task, Watch, train
@@ -107,8 +110,9 @@ def run_tiny(folder: Path, num_steps: int, *, measure: Any = None, progress: Any
     from tutelage.train.spec import TrainSpec
 
     watch = {name: changes.pop(name) for name in list(changes) if name in Watch.__dataclass_fields__}
+    dropout = changes.pop("dropout", 0.1)
     spec = TrainSpec(**({"checkpoint_every_steps": 2, "micro_batch_rows": 2, "seed": 5} | changes))
-    model = add_adapter(tiny_llama(), Lora(rank=4, alpha=8.0, dropout=0.1), seed=5)
+    model = add_adapter(tiny_llama(), Lora(rank=4, alpha=8.0, dropout=dropout), seed=5)
     task = Task(spec, 1e-2, Names(TASKS, SOURCES), watch=Watch(**watch))
     return train(model, make_batches(num_steps), task, folder=folder, measure=measure, progress=progress), model
 

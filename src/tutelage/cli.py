@@ -1,12 +1,13 @@
 """The command line: verbs and printing only; every verb is a call or two into the library.
 
 Exit codes: 0 done, 1 failed (an audit that finds what makes training wrong is one), 2 a mistake in what was given,
-130 interrupted (what was done is kept).
+130 interrupted, 143 (or `train.requeue_exit_code`) stopped by SIGTERM (what was done is kept).
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ class _Verbs(typer.core.TyperGroup):
             message, code = str(error), 2
         except KeyboardInterrupt as error:
             message, code = str(error) or "interrupted; run the same command again to go on from here", 130
+            if (told := getattr(error, "exit_code", None)) is not None:  # the run was asked to stop, and kept everything
+                message, code = f"{message}\nto go on: {shlex.join(['tutelage', *sys.argv[1:]])}", told
         sys.stderr.write(message + "\n")
         raise typer.Exit(code)
 
@@ -46,7 +49,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Instruction tuning, exact and visible: raw data to a tuned, evaluated model, and the evidence for it.",
-    epilog="Exit codes: 0 done, 1 failed, 2 a mistake in what was given, 130 interrupted (run the same command to go on).",
+    epilog="Exit codes: 0 done, 1 failed, 2 a mistake in what was given, 130 interrupted, 143 stopped by SIGTERM "
+    "(run the same command to go on).",
 )
 
 RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE", show_default=False)]
@@ -81,8 +85,9 @@ def _print_json(value: Any) -> None:
 def _progress(quiet: bool) -> Iterator[Any]:
     from tutelage.report.screen import make_progress
     from tutelage.store import Silent
+    from tutelage.world import rank_started
 
-    if quiet:
+    if quiet or rank_started():
         yield Silent()
         return
     with make_progress(sys.stderr) as progress:
@@ -120,6 +125,7 @@ def check(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
     resolved: Annotated[bool, typer.Option("--resolved", help="Print every value with its origin.")] = False,
     data: Annotated[bool, typer.Option("--data", help="Audit the data too: what training would see, whole.")] = False,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Under torchrun: compare all processes and machines.")] = False,
     store: StoreOption = _STORE,
     runs: RunsOption = _RUNS,
     as_json: JsonOption = False,
@@ -137,8 +143,30 @@ def check(
         _audit(recipe, overrides, store=store, runs=runs, as_json=as_json, quiet=quiet)
         return
     file = _load(recipe, overrides)
+    if cluster:
+        _check_cluster(file, store=store, as_json=as_json)
+        return
     sources = len(file.recipe.sources)
-    sys.stdout.write(resolved_text(file) if resolved else f"{recipe}: no mistakes; {sources} source{'s' * (sources != 1)}\n")
+    if resolved:
+        sys.stdout.write(resolved_text(file))
+        return
+    lines = [f"{recipe}: no mistakes; {sources} source{'s' * (sources != 1)}", *file.training_lines()]
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+def _check_cluster(file: RecipeFile, *, store: Path, as_json: bool) -> None:
+    """Prints what all processes found, once; exits with 1, every one of them, when something is wrong."""
+    from tutelage.cluster import check_cluster
+    from tutelage.world import rank_started
+
+    report = check_cluster(file, store=store)
+    if not rank_started():
+        if as_json:
+            _print_json(report.as_json())
+        else:
+            sys.stdout.write("".join(f"{line}\n" for line in report.lines()))
+    if not report.passes:
+        raise typer.Exit(1)
 
 
 def _audit(path: Path, overrides: list[str], *, store: Path, runs: Path, as_json: bool, quiet: bool) -> None:
@@ -263,7 +291,7 @@ def plan(
         return
     for table in shown.tables():
         screen.print_table(table)
-    for line in [*shown.lines(), *([] if page is None else [planning.page_line(page)])]:
+    for line in [*file.training_lines(), *shown.lines(), *([] if page is None else [planning.page_line(page)])]:
         sys.stdout.write(line + "\n")
 
 
@@ -282,15 +310,55 @@ def _verb(until: str, summary: str) -> Callable[..., None]:
     return command
 
 
-app.command("train")(_verb("train", "Run up to the tuned model."))
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: SetOption = [],
+    profile: Annotated[bool, typer.Option("--profile", help="Time a few steps and keep nothing: where does a step go?")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps that --profile times (3).", metavar="N")] = None,
+    store: StoreOption = _STORE,
+    runs: RunsOption = _RUNS,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run up to the tuned model; with --profile, say where a step's time goes and train nothing."""
+    if steps is not None and not profile:
+        raise TutelageError("--steps: goes with --profile; how long training takes is in the recipe, under `mix`")
+    if profile:
+        _profile(recipe, overrides, steps=steps, store=store, as_json=as_json, quiet=quiet)
+        return
+    _run_and_show(recipe, overrides, until="train", store=store, runs=runs, as_json=as_json, quiet=quiet)
+
+
+def _profile(path: Path, overrides: list[str], *, steps: int | None, store: Path, as_json: bool, quiet: bool) -> None:
+    from tutelage import profiling
+    from tutelage.report import screen
+
+    file = _load(path, overrides)
+    with _progress(quiet) as progress:
+        found = profiling.profile_recipe(file, num_steps=steps or profiling.NUM_STEPS, store=store, progress=progress)
+    if as_json:
+        _print_json(found.as_json())
+        return
+    screen.print_table(profiling.profile_table(found))
+    for line in found.lines():
+        sys.stdout.write(line + "\n")
+
+
 app.command("eval")(_verb("eval", "Run up to held-out loss before and after, and generations."))
 app.command("report")(_verb("report", "Run up to the HTML report."))
 
 
 def _run_and_show(recipe: Path, overrides: list[str], *, until: str, store: Path, runs: Path, as_json: bool, quiet: bool) -> None:
+    _, done = _run(recipe, overrides, until=until, store=store, runs=runs, quiet=quiet)
+    _show(done, as_json=as_json)
+
+
+def _show(done: Run, *, as_json: bool) -> None:
     from tutelage.report import screen, summary
 
-    _, done = _run(recipe, overrides, until=until, store=store, runs=runs, quiet=quiet)
+    if not done.artefacts:  # one of several processes, and the first of them reports
+        return
     facts = summary.run_summary(done.artefacts, folder=done.folder)
     if as_json:
         _print_json(facts.as_json())
@@ -299,6 +367,30 @@ def _run_and_show(recipe: Path, overrides: list[str], *, until: str, store: Path
         screen.print_table(table)
     for line in facts.lines():
         sys.stdout.write(line + "\n")
+
+
+@app.command()
+def extend(
+    finished: Annotated[Path, typer.Argument(help="A finished run's folder, or its recipe.", metavar="RUN", show_default=False)],
+    overrides: SetOption = [],
+    epochs: Annotated[float | None, typer.Option(help="Train so many epochs more.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Train so many steps more, instead.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak of the extension; that of the run when left out.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="`kept` goes on with its memory, `fresh` starts anew.")] = None,
+    name: Annotated[str | None, typer.Option(help="Names the new run's folder; NAME-extended when left out.")] = None,
+    store: StoreOption = _STORE,
+    runs: RunsOption = _RUNS,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a finished run further: a plan of its own where its passes stopped, and the schedule of the recipe once more."""
+    from tutelage import extending
+
+    part = extending.extension(epochs=epochs, steps=steps, learning_rate=learning_rate, optimizer=optimizer)
+    file = extending.open_run(finished, overrides=overrides)
+    with _progress(quiet) as progress:
+        done = extending.extend(file, part, name=name, store=store, runs=runs, progress=progress)
+    _show(done, as_json=as_json)
 
 
 @app.command()
@@ -326,6 +418,24 @@ def export(
         return
     for line in made.lines():
         sys.stdout.write(line + "\n")
+
+
+@app.command()
+def merge(
+    folder: Annotated[Path, typer.Argument(help="A run folder, or an adapter's own.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The folder to write.", metavar="OUT", show_default=False)],
+    dtype: Annotated[str | None, typer.Option(help="Precision to store; the base's own when left out.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier model in the same folder.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Add a tuned adapter into its base: an ordinary model folder for servers and converters that know no adapters."""
+    from tutelage import merging
+
+    made = merging.merge_folder(folder, out, dtype=dtype, overwrite=overwrite)
+    if as_json:
+        _print_json(made.as_json())
+        return
+    sys.stdout.write("".join(f"{line}\n" for line in made.lines()))
 
 
 @app.command()

@@ -36,9 +36,11 @@ from tutelage.evaluate.stage import (
     open_shards,
     recorded,
 )
+from tutelage.extend_spec import RunPart, parts_of
 from tutelage.model.stage import model_stage, tokenizer_stage
 from tutelage.plan.batch import Batches
 from tutelage.plan.online_batches import OnlineBatches
+from tutelage.plan.onward import Part
 from tutelage.plan.pictures import picture_data
 from tutelage.plan.spec import KindWeights, LossRule
 from tutelage.plan.stage import PlanInputs, plan_stage
@@ -49,7 +51,9 @@ from tutelage.render.stage import render_stage, rerender_stage, warm_up
 from tutelage.report.stage import report_stage
 from tutelage.sources.stage import check_bad_share, read_stage, split_stage
 from tutelage.store import Artefact, Progress, Silent, Stage, Store, write_atomic
+from tutelage.together import dismiss, follow, is_led, produce_together
 from tutelage.train.stage import Making, TrainInputs, train_stage
+from tutelage.world import current
 
 UNTIL = {
     "sources": "split",
@@ -81,7 +85,8 @@ class Pipeline:
             if label in wanted:
                 wanted |= {self._label_of(stage) for stage in self.stages[label].inputs.values()}
                 # The gate before training. No input of it, or a new version of the audit would train everything again.
-                wanted |= {"audit"} & self.stages.keys() if label == "train" else set()
+                is_training = self.stages[label].name == "train"
+                wanted |= {label.replace("train", "audit", 1)} & self.stages.keys() if is_training else set()
         return [label for label in self.stages if label in wanted]
 
     @cached_property
@@ -155,8 +160,8 @@ def build_pipeline(file: RecipeFile, *, store: Store) -> Pipeline:
         screens[name] = add(screen_stage(reads[name], rewrite=rewrites.get(name), rules=recipe.curate.rules))
     split = add(split_stage(reads, spec=recipe.split))
     copies = add(copies_stage(reads, rewrites=rewrites, screens=screens, split=split, spec=recipe.curate))
-    model = add(model_stage(file.model_name, store=store))
-    tokenizer = add(tokenizer_stage(file.model_name, model=model, store=store))
+    model = add(model_stage(file.model_name, store=store, new_tokens=recipe.model.new_tokens))
+    tokenizer = add(tokenizer_stage(file.model_name, model=model, store=store, new_tokens=recipe.model.new_tokens))
     renders, rerenders = _render_boxes(file, reads, rewrites, tokenizer, store)
     for stage in [*renders.values(), *rerenders.values()]:
         add(stage)
@@ -185,34 +190,52 @@ class _Groups:
 
 
 def _add_training(recipe: Recipe, groups: _Groups, add: Callable[[Stage], Stage]) -> None:
-    """Plan, held-out set, the measure before, training, the measure after."""
+    """Plan, held-out set, the measure before, training, the measure after; plan and training once more for each extension."""
     weighted = {name: groups.reads[name] for name, source in recipe.sources.items() if source.weight_field is not None}
     inputs = PlanInputs(groups.renders, groups.rerenders, groups.screens, groups.copies, groups.split, weighted)
     for tally in inputs.tallies.values():
         add(tally)
-    plan = add(
-        plan_stage(
-            inputs,
-            mix=recipe.mix,
-            loss=recipe.loss,
-            batch=recipe.batch,
-            max_tokens=recipe.render.max_tokens,
-            source_weights={name: source.weight for name, source in recipe.sources.items()},
-            source_tasks={name: s.task or name for name, s in recipe.sources.items() if s.task_column is None},
-        )
-    )
-    if recipe.audit.enabled:
-        audited = AuditInputs(plan, groups.reads, groups.renders, groups.rerenders, groups.tokenizer)
-        add(audit_stage(audited, rule=_audit_rule(recipe)))
     of_records = HeldOutInputs(groups.reads, groups.renders, groups.split, groups.copies, groups.screens, groups.rerenders)
-    held_out = add(held_out_stage(of_records, spec=recipe.evaluate))
+    held_out = held_out_stage(of_records, spec=recipe.evaluate)
     measured = MeasureInputs(groups.model, groups.tokenizer, held_out, groups.renders, groups.rerenders)
     on: dict[str, Any] = {"spec": recipe.evaluate, "device": recipe.train.device, "dtype": recipe.train.dtype}
-    before = add(measure_stage(measured, **on))
-    making = Making(_batches, lambda artefacts: _measure(artefacts, recipe.evaluate))
-    boxes = TrainInputs(groups.model, groups.tokenizer, plan, groups.shards, held_out, before)
-    train = add(train_stage(boxes, model_spec=recipe.model, spec=recipe.train, evaluate=recipe.evaluate, making=making))
-    add(measure_stage(measured, **on, trained=train, before=before))
+    before = measure_stage(measured, **on)
+    earlier: list[Part] = []
+    for part in parts_of(recipe.mix, recipe.train, recipe.extend):
+        plan = add(_in_slot(part.slot, _plan_box(recipe, part, dataclasses.replace(inputs, earlier=tuple(earlier)))))
+        if recipe.audit.enabled:
+            audited = AuditInputs(plan, groups.reads, groups.renders, groups.rerenders, groups.tokenizer)
+            add(_in_slot(part.slot, audit_stage(audited, rule=_audit_rule(recipe))))
+        for stage in () if earlier else (held_out, before):
+            add(stage)
+        follows: dict[str, Any] = {"earlier": earlier[-1].train, "optimizer": part.optimizer} if earlier else {}
+        boxes = TrainInputs(groups.model, groups.tokenizer, plan, groups.shards, held_out, before, **follows)
+        earlier.append(Part(plan, add(_in_slot(part.slot, _train_box(recipe, part, boxes)))))
+    measured = dataclasses.replace(measured, plan=earlier[-1].plan)
+    add(measure_stage(measured, **on, trained=earlier[-1].train, before=before))
+
+
+def _in_slot(slot: str, stage: Stage) -> Stage:
+    """The box of one part of a run; the last part has no slot."""
+    return dataclasses.replace(stage, slot=slot)
+
+
+def _plan_box(recipe: Recipe, part: RunPart, inputs: PlanInputs) -> Stage:
+    return plan_stage(
+        inputs,
+        mix=part.mix,
+        loss=recipe.loss,
+        batch=recipe.batch,
+        max_tokens=recipe.render.max_tokens,
+        source_weights={name: source.weight for name, source in recipe.sources.items()},
+        source_tasks={name: s.task or name for name, s in recipe.sources.items() if s.task_column is None},
+    )
+
+
+def _train_box(recipe: Recipe, part: RunPart, boxes: TrainInputs) -> Stage:
+    is_packed = recipe.batch.pack != "none"
+    making = Making(open_batches, lambda artefacts: _measure(artefacts, recipe.evaluate), is_packed=is_packed)
+    return train_stage(boxes, model_spec=recipe.model, spec=part.train, evaluate=recipe.evaluate, making=making)
 
 
 def weigher(loss: LossRule) -> Callable[[Rendered], Float32]:
@@ -244,12 +267,15 @@ def _audited(recipe: Recipe) -> Callable[[Artefact], dict[str, Any]]:
 
 def _measure(artefacts: Mapping[str, Artefact], spec: EvaluateSpec) -> Callable[[Any, int], Any]:
     """What training calls; at step 0 the model is still the one that `before` measured."""
-    measure = open_measure(artefacts, spec=spec, run="during")
+    measure = dataclasses.replace(open_measure(artefacts, spec=spec, run="during"), world=current())
+    if "earlier" in artefacts:  # an extension starts from a model that nobody has measured yet
+        return measure
     first = recorded(artefacts["before"], run="during")
-    return lambda model, step: first if step == 0 else measure(model, step)
+    return lambda model, step: measure.beside(model, first) if step == 0 else measure(model, step)
 
 
-def _batches(artefacts: Mapping[str, Artefact]) -> Sequence[Batch]:
+def open_batches(artefacts: Mapping[str, Artefact]) -> Sequence[Batch]:
+    """The steps of a plan, or those that an online mixture makes on the way."""
     opened = OnlineBatches if "online" in artefacts["plan"].facts else Batches
     return opened(artefacts["plan"].path, open_shards(artefacts))
 
@@ -285,19 +311,24 @@ def run(
 
     Stages that the store already has are not run again. A killed run goes on where it was when called again.
     Raises a TutelageError for anything the user can mend; AuditError, with `gate`, for data that would make training wrong.
+    Under torchrun the first process does so, the others train with it and get a run without artefacts.
     """
-    store = store if isinstance(store, Store) else Store(store)
+    place = store if isinstance(store, Store) else Store(store)
     progress = progress or Silent()
-    with store.in_use():
-        pipeline = build_pipeline(file, store=store)
+    folder = Path(runs) / file.recipe.name
+    if is_led():
+        follow(lambda: (place, build_pipeline(file, store=place).stages))
+        return Run(folder, {})
+    with place.in_use():
+        pipeline = build_pipeline(file, store=place)
         artefacts: dict[str, Artefact] = {}
-        folder = Path(runs) / file.recipe.name
         labels = pipeline.needed(until)
         for label, artefact in produced(pipeline, labels, progress):
             artefacts[label] = artefact
-            if gate and label == "audit":
+            if gate and pipeline.stages[label].name == "audit":
                 check_audit(artefacts[label], file.recipe.audit)
         _publish(pipeline, artefacts, folder)
+    dismiss()
     return Run(folder, artefacts)
 
 
@@ -403,7 +434,7 @@ def _produce(
     """A stage's artefact; `is_fresh` says that this run has built it already."""
     stage = pipeline.stages[label]
     inputs = {name: done[pipeline._label_of(upstream)] for name, upstream in stage.inputs.items()}
-    artefact = pipeline.store.produce(stage, inputs, progress)
+    artefact = produce_together(pipeline.store, pipeline.stages, label, inputs, progress)
     if is_fresh:
         artefact = dataclasses.replace(artefact, is_hit=False)
     if stage.name == "read":

@@ -59,6 +59,8 @@ def preview(
     """
     if num < 2:
         raise TutelageError(f"--sample {num}: an error can be stated from 2 records up; the default is {NUM_SAMPLED:,}")
+    if file.recipe.extend:
+        raise TutelageError("--preview: an extension goes on from a whole run, and a sample is none; plan it without --preview")
     store = store if isinstance(store, Store) else Store(store)
     progress = progress or Silent()
     with store.in_use(), tempfile.TemporaryDirectory(prefix="tutelage-preview-") as folder:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,13 +22,14 @@ from tutelage.audit.spec import AuditSpec
 from tutelage.curate.spec import CurateSpec
 from tutelage.errors import Problem, RecipeError
 from tutelage.evaluate.spec import EvaluateSpec
+from tutelage.extend_spec import ExtendSpec
 from tutelage.model.spec import ModelSpec
 from tutelage.plan.spec import BatchSpec, LossRule, MixSpec, ResponseLoss
 from tutelage.recipe_errors import Located, problems_of
 from tutelage.render.spec import RenderSpec
 from tutelage.report.spec import ReportSpec
 from tutelage.sources.spec import IntakeSpec, SourceSpec, SplitSpec
-from tutelage.spec import Spec, kind_first
+from tutelage.spec import Many, Spec, kind_first
 from tutelage.train.spec import TrainSpec
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -67,6 +68,8 @@ class Recipe(Spec):
     """Held-out loss and generations."""
     report: ReportSpec = ReportSpec()
     """The HTML page."""
+    extend: Many[ExtendSpec] = ()
+    """What is trained after the run, each part from the weights of the one before; `tutelage extend` writes it."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,12 @@ class RecipeFile:
         """`model.name`, a folder below the recipe's own made a path that can be opened from anywhere."""
         name = self.recipe.model.name
         return str(self.folder / name) if (self.folder / name).is_dir() else name
+
+    def training_lines(self) -> list[str]:
+        """The arithmetic of a step over devices and passes, and what is unusual about the learning rate."""
+        recipe = self.recipe
+        of: Any = {"max_tokens": recipe.render.max_tokens, "train": recipe.train, "model": recipe.model}
+        return recipe_checks.training_lines(recipe.batch, **of)
 
 
 @dataclass
@@ -276,6 +285,13 @@ def resolved_text(file: RecipeFile, *, relative_to: Path | None = None) -> str:
         _move_paths(values, file.folder, relative_to)
     _emit(values, (), file, lines)
     return "\n".join(lines) + "\n"
+
+
+def moved(file: RecipeFile, path: Path) -> RecipeFile:
+    """The recipe as it would stand in `path`: paths in it start at that one's folder and lead where they did."""
+    values = file.recipe.model_dump(mode="python")
+    _move_paths(values, file.folder, path.parent)
+    return replace(file, recipe=Recipe.model_validate(values), path=path)
 
 
 def _move_paths(values: dict[str, Any], old: Path, new: Path) -> None:

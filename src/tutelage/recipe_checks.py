@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tutelage.errors import Problem, did_you_mean
+from tutelage.errors import Problem, TrainError, did_you_mean
+from tutelage.extend_spec import extension_problems
+from tutelage.model.spec import ModelSpec
 from tutelage.plan.rates_spec import Groups, bound_names, rate_names
 from tutelage.plan.schedule_spec import Online, schedule_names
+from tutelage.plan.spec import BatchSpec
+from tutelage.plan.windows import DEFAULT_ROWS
 from tutelage.recipe_errors import Located
+from tutelage.train.batching import default_rows_per_pass, num_devices, solve
+from tutelage.train.remarks import rate_remark
+from tutelage.train.spec import TrainSpec
 
 
 def problems_between(sections: Mapping[str, Any], located: Located, *, folder: Path) -> list[Problem]:
@@ -21,7 +29,15 @@ def problems_between(sections: Mapping[str, Any], located: Located, *, folder: P
         *_unknown_in_mix(sections, located),
         *_batch(sections, located),
         *_online(sections, located),
+        *_extensions(sections, located),
     ]
+
+
+def _extensions(sections: Mapping[str, Any], located: Located) -> Iterator[Problem]:
+    mix, extend = sections.get("mix"), sections.get("extend")
+    if mix is not None and extend is not None:
+        for i, field, message in extension_problems(mix, extend):
+            yield located.problem(("extend", i, *([field] if field else [])), message)
 
 
 def _missing_files(sections: Mapping[str, Any], located: Located, folder: Path) -> Iterator[Problem]:
@@ -126,11 +142,41 @@ def _batch(sections: Mapping[str, Any], located: Located) -> Iterator[Problem]:
             ("batch", "slots_per_step"),
             f"{batch.slots_per_step} slots are not whole rows of {capacity}; the nearest: {near}",
         )
+    rows = _rows_per_step(batch, render.max_tokens)
     train = sections.get("train")
-    if train is not None and train.micro_batch_rows and batch.slots_per_step and not batch.slots_per_step % capacity:
-        rows = batch.slots_per_step // capacity
-        if rows % train.micro_batch_rows:
-            fits = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
-            yield located.problem(
-                ("train", "micro_batch_rows"), f"{rows} rows per step do not divide by {train.micro_batch_rows}; these do: {fits}"
-            )
+    if rows is not None and train is not None:
+        yield from _division(rows, train.micro_batch_rows, located)
+
+
+def _rows_per_step(batch: BatchSpec, max_tokens: int) -> int | None:
+    """Rows of every full step; None where they vary, or where the section itself is at fault."""
+    capacity = batch.capacity or max_tokens
+    if batch.examples_per_step is not None or batch.pack == "none" or capacity < max_tokens:
+        return None
+    slots = DEFAULT_ROWS * capacity if batch.slots_per_step is None else batch.slots_per_step
+    return slots // capacity if slots >= capacity and slots % capacity == 0 else None
+
+
+def _division(rows: int, micro_batch_rows: int | str | None, located: Located) -> Iterator[Problem]:
+    """Rows that do not divide by those of a pass, or by the devices that torchrun has started."""
+    stated = micro_batch_rows if isinstance(micro_batch_rows, int) else None
+    path = ("batch", "slots_per_step") if stated is None else ("train", "micro_batch_rows")
+    try:
+        solve(rows, rows_per_pass=stated or 1, num_devices=num_devices(os.environ), exact=True)
+    except TrainError as error:
+        yield located.problem(path, str(error))
+
+
+def training_lines(batch: BatchSpec, *, max_tokens: int, train: TrainSpec, model: ModelSpec) -> list[str]:
+    """What a recipe means for training, for people: the arithmetic of a step, and a rate outside the usual range."""
+    rows, stated = _rows_per_step(batch, max_tokens), train.micro_batch_rows
+    capacity, devices = batch.capacity or max_tokens, num_devices(os.environ)
+    if rows is None:
+        held = f"{batch.examples_per_step} examples" if batch.examples_per_step else f"{batch.slots_per_step} slots"
+        line = f"batch: {held} per step; its rows vary, and those of a step are shared by {devices} device{'s' * (devices > 1)}"
+    else:
+        per_pass = stated if isinstance(stated, int) else min(default_rows_per_pass(capacity), max(1, rows // devices))
+        fitted = "; `auto` may take more rows per device" if stated == "auto" else ""
+        line = f"batch: {solve(rows, rows_per_pass=per_pass, num_devices=devices).text}, {capacity:,} slots each{fitted}"
+    remark = rate_remark(train.learning_rate, model.adapter.kind)
+    return [line, *([remark] if remark else [])]

@@ -268,6 +268,14 @@ class StepReport:
     seconds: float = 0.0
     real_tokens: int = 0
     slots: int = 0
+    memory_bytes: int = 0
+    """The most in use at once so far: of the GPU where there is one, else of this process."""
+    batch_key: str = ""
+    """Digest of what the step was made from."""
+    objective: float | None = None
+    """What was minimised, per unit of weight, where that is not `loss`."""
+    kl: float | None = None
+    """Mean KL to the starting model in nats, where the model is held close to it."""
 
 
 @dataclass(frozen=True, slots=True)

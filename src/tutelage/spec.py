@@ -74,4 +74,33 @@ class _ByKind:
         return {"anyOf": [{"enum": list(mapping)}, short, full]}
 
 
+def module_first(value: Any) -> Any:
+    """`"package:Class"` and `{"module": ...}` written out with `kind: other`; anything else as `kind_first` has it.
+
+    >>> module_first("torch.optim:SGD"), module_first("adamw")
+    ({'kind': 'other', 'module': 'torch.optim:SGD'}, {'kind': 'adamw'})
+    >>> module_first({"module": "torch.optim:SGD", "args": {"momentum": 0.9}})
+    {'kind': 'other', 'module': 'torch.optim:SGD', 'args': {'momentum': 0.9}}
+    """
+    if isinstance(value, str) and ":" in value:
+        return {"kind": "other", "module": value}
+    if isinstance(value, dict) and "kind" not in value and isinstance(value.get("module"), str):
+        return {"kind": "other", **value}
+    return kind_first(value)
+
+
+class _ByModule(_ByKind):
+    """`_ByKind`, and one of the kinds is what `module` names: `package:Class`, or `{module: package:Class, ...}`."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(module_first, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        ways = super().__get_pydantic_json_schema__(schema, handler)
+        named = {"type": "string", "pattern": ":"}
+        written = {"type": "object", "required": ["module"], "properties": {"module": named, "args": {"type": "object"}}}
+        return {"anyOf": [named, written | {"additionalProperties": False}, *ways["anyOf"]]}
+
+
 ByKind = _ByKind()
+ByModule = _ByModule()

@@ -215,6 +215,10 @@ class Store:
         """Where the stage's artefact is, or will be."""
         return self.root / stage.name / stage.key
 
+    def work_folder(self, stage: Stage) -> Path:
+        """Where the stage is being built, or would be."""
+        return self.root / "work" / f"{stage.name}-{stage.key}"
+
     def find(self, stage: Stage) -> Artefact | None:
         """The finished artefact, or None."""
         return self._open(self.folder(stage), is_hit=True)
@@ -312,7 +316,7 @@ class Store:
         return Artefact(folder.parent.name, folder.name, folder, manifest, is_hit)
 
     def _build(self, stage: Stage, inputs: Mapping[str, Artefact], progress: Progress) -> Artefact:
-        work = self.root / "work" / f"{stage.name}-{stage.key}"
+        work = self.work_folder(stage)
         if work.exists() and not stage.resumable:
             shutil.rmtree(work)
         work.mkdir(parents=True, exist_ok=True)

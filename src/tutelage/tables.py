@@ -7,7 +7,7 @@ Records of a source are numbered: `row` is the position in that source's `conver
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tutelage.arrays import ArrayWriter, map_array
 from tutelage.records import (
     ROLES,
     Conversation,
@@ -97,10 +98,9 @@ EXAMPLES = pa.schema(
         ("flags", pa.int32()),  # records.Flag
     ]
 )
-TALLY = pa.schema(  # plan.tally.Tally: sorted by example, a line per cell that has targets
-    [("example", pa.int32()), ("cell", pa.uint8()), ("turn_weight", pa.float32()), ("count", pa.int32())]
+TALLIED = pa.schema(  # line i is example i of the rendered set: what a plan must know of it, beside the tally of its targets
+    [("row", pa.int64()), ("part", pa.int32()), ("task", _LABEL), ("num_tokens", pa.int32()), ("num_requests", pa.int32())]
 )
-REQUESTS = pa.schema([("num_requests", pa.int32())])  # user turns, one line per example
 RECORD_WEIGHTS = pa.schema([("weight", pa.float64())])  # one line per record of a source that states weights
 PLANNED = pa.schema(  # line i is example i of the plan
     [
@@ -191,6 +191,9 @@ STEPS = pa.schema(
         ("seconds", pa.float64()),
         ("real_tokens", pa.int64()),
         ("slots", pa.int64()),
+        ("memory_bytes", pa.int64()),
+        ("objective", pa.float64()),  # what was minimised, per unit of weight; null where that is loss_sum / weight
+        ("kl", pa.float64()),  # to the starting model; null without a pull to it
     ]
 )
 
@@ -519,22 +522,22 @@ class RenderedSet:
     @cached_property
     def ids(self) -> np.ndarray:
         """Token ids."""
-        return _map(self.folder / "ids.npy")
+        return map_array(self.folder / "ids.npy")
 
     @cached_property
     def kinds(self) -> UInt8:
         """One `Kind` per token."""
-        return _map(self.folder / "kinds.npy")
+        return map_array(self.folder / "kinds.npy")
 
     @cached_property
     def turns(self) -> np.ndarray:
         """The turn each token belongs to, -1 for none."""
-        return _map(self.folder / "turns.npy")
+        return map_array(self.folder / "turns.npy")
 
     @cached_property
     def turn_weights(self) -> Float32:
         """Learn weight of every turn, flat."""
-        return _map(self.folder / "turn_weights.npy")
+        return map_array(self.folder / "turn_weights.npy")
 
     @cached_property
     def offsets(self) -> Int64:
@@ -553,44 +556,35 @@ class RenderedSet:
     def write(folder: Path, examples: pa.Table, rendered: Sequence[Rendered]) -> None:
         """Writes examples one by one given; `examples` must have one line for each."""
         assert examples.num_rows == len(rendered), "one line per example"
-        for name, dtype in (("ids", np.int32), ("kinds", np.uint8), ("turns", np.int16), ("turn_weights", np.float32)):
+        for name, dtype in RENDERED_ARRAYS.items():
             parts = [getattr(r, name) for r in rendered]
             np.save(folder / f"{name}.npy", np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype))
         write_table(folder / "examples.parquet", examples.cast(EXAMPLES))
 
 
+RENDERED_ARRAYS: Mapping[str, Any] = {"ids": np.int32, "kinds": np.uint8, "turns": np.int16, "turn_weights": np.float32}
+"""The flat arrays of a rendered set, a .npy file each."""
 _GROUP_ROWS = 1 << 16
 """Examples per row group: few groups are read many times as fast as many."""
 
 
 class RenderedWriter:
-    """Writes a `RenderedSet` batch by batch, so that memory holds one batch; `close()` makes it readable.
-
-    A .npy header states the length, so it is written last, over a placeholder of the same size.
-    """
-
-    _ARRAYS = (("ids", np.int32), ("kinds", np.uint8), ("turns", np.int16), ("turn_weights", np.float32))
+    """Writes a `RenderedSet` batch by batch, so that memory holds one batch; `close()` makes it readable."""
 
     def __init__(self, folder: Path) -> None:
-        self._files = {name: (folder / f"{name}.npy").open("w+b") for name, _ in self._ARRAYS}
-        self._lengths = dict.fromkeys(self._files, 0)
-        for name, dtype in self._ARRAYS:
-            self._write_header(name, dtype)
+        self._arrays = ArrayWriter(folder, RENDERED_ARRAYS)
         self._examples = pq.ParquetWriter(folder / "examples.parquet", EXAMPLES, compression="zstd", compression_level=1)
         self._waiting: list[pa.Table] = []
 
     def write(self, examples: pa.Table, rendered: Sequence[Rendered]) -> None:
         """Appends examples; `examples` has one line for each."""
         assert examples.num_rows == len(rendered), "one line per example"
-        parts = {name: [getattr(r, name) for r in rendered] for name, _ in self._ARRAYS}
+        parts = {name: [getattr(r, name) for r in rendered] for name in RENDERED_ARRAYS}
         self.write_arrays(examples, **{name: np.concatenate(some) if some else np.zeros(0) for name, some in parts.items()})
 
     def write_arrays(self, examples: pa.Table, **arrays: np.ndarray) -> None:
         """Appends examples whose `ids`, `kinds`, `turns` and `turn_weights` lie end to end."""
-        for name, dtype in self._ARRAYS:
-            array = np.ascontiguousarray(arrays[name], dtype)
-            self._files[name].write(array.data)
-            self._lengths[name] += len(array)
+        self._arrays.write(**arrays)
         self._waiting.append(examples.cast(EXAMPLES))
         if sum(table.num_rows for table in self._waiting) >= _GROUP_ROWS:
             self._write_waiting()
@@ -601,29 +595,14 @@ class RenderedWriter:
             self._waiting.clear()
 
     def close(self) -> None:
-        """Fills in the lengths."""
+        """Writes what is left."""
         self._write_waiting()
-        for name, dtype in self._ARRAYS:
-            self._write_header(name, dtype)
-            self._files[name].close()
+        self._arrays.close()
         self._examples.close()
-
-    def _write_header(self, name: str, dtype: Any) -> None:
-        file = self._files[name]
-        file.seek(0)
-        descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
-        # numpy pads this header so that a first axis of up to 21 digits fits in place
-        header = {"descr": descr, "fortran_order": False, "shape": (self._lengths[name],)}
-        np.lib.format.write_array_header_1_0(file, header)
 
 
 def _offsets(lengths: pa.ChunkedArray) -> Int64:
     return np.concatenate([[0], np.cumsum(lengths.to_numpy(), dtype=np.int64)])
-
-
-def _map(path: Path) -> np.ndarray:
-    array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array
 
 
 @dataclass(frozen=True)

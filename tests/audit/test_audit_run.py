@@ -280,4 +280,4 @@ def test_check_data_prints_a_table_and_exits_by_what_it_finds(tmp_path: Path) ->
     stopped = command(tmp_path, "train", "small.yaml", "-q")
     assert stopped.returncode == 1 and "words/words.jsonl:5" in stopped.stderr and "max_zero_weight_share" in stopped.stderr
     assert not (tmp_path / ".tutelage" / "train").exists()
-    assert command(tmp_path, "check", "small.yaml").stdout.endswith("no mistakes; 3 sources\n")
+    assert command(tmp_path, "check", "small.yaml").stdout.startswith("small.yaml: no mistakes; 3 sources\nbatch: ")

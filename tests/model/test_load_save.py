@@ -74,7 +74,7 @@ def test_a_saved_adapter_reloads_in_plain_peft_and_here(tiny_folder: Path, tmp_p
     ours = load_model(tmp_path)
     torch.testing.assert_close(ours(IDS).logits, want, rtol=0, atol=1e-6)
     assert ours.generation_config.eos_token_id == [IM_END, 10]
-    assert describe(tmp_path).num_layers == 2
+    assert describe(tmp_path).num_layers == 2 and describe(tmp_path).end_ids == (IM_END, 10)
     assert not (load_model(tiny_folder)(IDS).logits - want).abs().max() < 1e-3, "the adapter must do something"
     content = json.loads((tmp_path / "adapter_config.json").read_text())
     assert content["base_model_name_or_path"] == str(tiny_folder)

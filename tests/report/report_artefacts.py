@@ -191,9 +191,9 @@ def _train(folder: Path) -> None:
     """Three of the five planned steps."""
     rows = []
     for step in range(3):
-        rows.append((step, "all", 20.0 - step, 10.0, 10, 1.0, 1e-4 * (3 - step), 0.5, 80, 128))
-        rows.append((step, "task maths", 12.0 - step, 6.0, 18, None, None, None, None, None))
-    columns = {name: [row[i] for row in rows] for i, name in enumerate(tables.STEPS.names)}
+        rows.append((step, "all", 20.0 - step, 10.0, 10, 1.0, 1e-4 * (3 - step), 0.5, 80, 128, 10**9))
+        rows.append((step, "task maths", 12.0 - step, 6.0, 18, None, None, None, None, None, None))
+    columns = {name: [row[i] if i < len(row) else None for row in rows] for i, name in enumerate(tables.STEPS.names)}
     tables.write_table(folder / "steps.parquet", pa.table(columns, schema=tables.STEPS))
     evals = [Score("during", step, task, "", "nll", 2.0 - step / 6, 10.0) for step in (0, 3) for task in ("maths", "")]
     tables.write_records(folder / "evals.parquet", tables.SCORES, evals)

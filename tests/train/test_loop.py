@@ -19,10 +19,12 @@ from toy import tiny_llama
 from tutelage import tables
 from tutelage.errors import TrainError
 from tutelage.store import Silent
-from tutelage.train.loop import Stopped, Watch
+from tutelage.train.loop import Watch
 from tutelage.train.state import Checkpoints
+from tutelage.train.stopping import Stopped
 
 NUM_STEPS = 7
+CHECKPOINT_FILES = ["weights.safetensors", "optimizer.safetensors", "random.safetensors", "position.json", "manifest.json"]
 
 
 class Killed(Exception):
@@ -66,8 +68,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
 
 
 def step_lines(folder: Path) -> list[dict[str, Any]]:
-    """steps.parquet without the clock."""
-    return tables.read_table(folder / "steps.parquet", tables.STEPS).drop(["seconds"]).to_pylist()
+    """steps.parquet without the clock and the memory."""
+    return tables.read_table(folder / "steps.parquet", tables.STEPS).drop(["seconds", "memory_bytes"]).to_pylist()
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
@@ -151,19 +153,20 @@ def _process(folder: Path, kill_at: str) -> int:
     return subprocess.run(command, env=environment, timeout=120, check=False).returncode
 
 
+@pytest.mark.parametrize("file", CHECKPOINT_FILES)
 def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(
-    undisturbed: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+    undisturbed: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, file: str
 ) -> None:
     """Kills a run that stops for good, or goes on from damaged weights."""
     with pytest.raises(Killed):
         run(tmp_path, progress=Listener(die_after=5))
-    path = tmp_path / "checkpoints" / "step-000004" / "weights.safetensors"
+    path = tmp_path / "checkpoints" / "step-000004" / file
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
     listener = Listener()
     _, weights = run(tmp_path, progress=listener)
-    assert "checkpoint step-000004 is not used: weights.safetensors is not what was written" in listener.lines[0]
+    assert "checkpoint step-000004 is not used: " in listener.lines[0] and "going back to the one before it" in listener.lines[0]
     assert len(listener.texts) == NUM_STEPS - 3
     assert_as(undisturbed, tmp_path, weights)
 
@@ -173,7 +176,7 @@ def test_ctrl_c_finishes_the_step_and_leaves_a_state_to_go_on_from(
 ) -> None:
     """Kills a Ctrl-C that loses the steps since the last checkpoint, or tears a step apart."""
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Stopped, match=r"stopped after step 3 of 7; everything so far is kept.*tutelage run RECIPE") as caught:
+    with pytest.raises(Stopped, match=r"stopped after step 3 of 7; everything so far is kept.*same command goes on") as caught:
         run(tmp_path, progress=Listener(interrupt_after=3))
     assert isinstance(caught.value, KeyboardInterrupt) and caught.value.signal_number == signal.SIGINT
     assert signal.getsignal(signal.SIGINT) is before

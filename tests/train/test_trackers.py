@@ -39,9 +39,9 @@ def test_tensorboard_gets_every_step(tmp_path: Path) -> None:
 
 def test_what_trackers_draw_are_means() -> None:
     """Kills curves of sums, which grow with the batch."""
-    report = StepReport(0, Tally(6.0, 3.0, 4), by_task={"maths": Tally(2.0, 4.0, 1)}, seconds=2.0, real_tokens=10)
+    report = StepReport(0, Tally(6.0, 3.0, 4), by_task={"maths": Tally(2.0, 4.0, 1)}, seconds=2.0, real_tokens=10, memory_bytes=7)
     assert scalars(report) == {
-        "loss": 2.0, "grad_norm": 0.0, "learning_rate": 0.0, "tokens_per_second": 5.0, "task/maths": 0.5
+        "loss": 2.0, "grad_norm": 0.0, "learning_rate": 0.0, "tokens_per_second": 5.0, "memory_bytes": 7.0, "task/maths": 0.5
     }  # fmt: skip
 
 
@@ -53,4 +53,10 @@ def test_held_out_curves_are_the_aggregates_by_task() -> None:
         Score("", 3, "", "", "nll", 2.5, 10.0),
         Score("", 3, "maths", "", "ended", 1.0, 2.0),
     )
-    assert held_out_scalars(Look(2.5, scores)) == {"held_out_loss": 2.5, "held_out/maths": 2.0}
+    beside = (
+        Score("", 4, "maths", "", "train_nll", 1.0),
+        Score("", 4, "", "", "train_nll", 1.5),
+        Score("", 4, "", "x", "nll", 9.0),
+    )
+    found = held_out_scalars(Look(2.5, (*scores, *beside)))
+    assert found == {"held_out_loss": 2.5, "held_out/maths": 2.0, "train_nll": 1.5}

@@ -19,7 +19,7 @@ from tutelage.errors import TrainError
 from tutelage.evaluate.spec import EvaluateSpec
 from tutelage.model.spec import Full, Lora, ModelSpec
 from tutelage.store import Artefact, Counts, Outcome, Progress, Silent, Stage, Store
-from tutelage.train.spec import TrainSpec
+from tutelage.train.spec import Kl, TrainSpec
 from tutelage.train.stage import Making, TrainInputs, train_stage
 
 NUM_STEPS = 4
@@ -211,6 +211,69 @@ def test_what_changes_no_number_is_no_part_of_the_key(base: Path) -> None:
     """Kills a retraining because somebody wants more checkpoints kept, and a hit when the rate changed."""
     key = stage(base).key
     assert stage(base, changes={"keep_checkpoints": 9, "checkpoint_every_steps": 7, "trackers": ("tensorboard",)}).key == key
-    for change in ({"learning_rate": 1e-3}, {"seed": 1}, {"micro_batch_rows": 1}):
+    assert stage(base, changes={"micro_batch_rows": 1, "stop_within_seconds": 5.0, "requeue_exit_code": 75}).key == key
+    for change in ({"learning_rate": 1e-3}, {"seed": 1}, {"max_grad_norm": 0.5}):
         assert stage(base, changes=change).key != key
     assert stage(base, evaluate={"every_steps": 1}).key != key
+
+
+def test_rows_per_pass_that_were_found_are_kept_for_the_next_try(base: Path, tmp_path: Path) -> None:
+    """Kills a resumed run that looks again on a busier machine and cuts its steps otherwise."""
+    store, box = Store(tmp_path), stage(base, changes={"micro_batch_rows": "auto"})
+    with pytest.raises(Killed):
+        produce(store, box, DiesAfter(2))
+    (path,) = tmp_path.rglob("setup.json")
+    found = json.loads(path.read_text())
+    assert found["micro_batch_rows"] == 3
+    path.write_text(json.dumps(found | {"micro_batch_rows": 2}))
+    assert produce(store, box).facts["micro_batch_rows"] == 2
+
+
+def test_frozen_weights_are_those_of_the_start_and_the_rest_is_not(base: Path, tmp_path: Path) -> None:
+    """Kills patterns that the recipe states and the run forgets."""
+    from transformers import AutoModelForCausalLM
+
+    adapter = ModelSpec(adapter=Full(), freeze=["layers.0", "embed_tokens"])
+    made = produce(Store(tmp_path), stage(base, adapter=adapter))
+    start, tuned = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (base, made.path / "model"))
+    same = {name for name in start if torch.equal(start[name], tuned[name])}
+    assert same == {name for name in start if "layers.0." in name or "embed_tokens" in name or "lm_head" in name}
+    assert made.facts["num_trained_weights"] < sum(value.numel() for value in start.values()) / 2
+    assert made.key != stage(base, adapter=ModelSpec(adapter=Full())).key
+
+
+def test_another_optimizer_trains_and_resumes_as_the_recipe_says(base: Path, tmp_path: Path) -> None:
+    """Kills an optimizer that the stage never hears of, and momentum lost with the process."""
+    optimizer = {"module": "torch.optim:SGD", "args": {"momentum": 0.9}}
+    groups = [{"match": "lora_B", "learning_rate": 2.0}]
+    changes = {"optimizer": optimizer, "learning_rate": 1.0, "groups": groups}
+    whole = produce(Store(tmp_path / "a"), stage(base, changes=changes))
+    with pytest.raises(Killed):
+        produce(Store(tmp_path / "b"), stage(base, changes=changes), DiesAfter(3))
+    resumed = produce(Store(tmp_path / "b"), stage(base, changes=changes))
+    assert digests(resumed.path / "model") == digests(whole.path / "model")
+    assert whole.key != stage(base).key
+
+
+class Notes(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_regularisers_of_the_recipe_reach_the_model_and_their_cost_is_said(base: Path, tmp_path: Path) -> None:
+    """Kills a setting that is read and never put on the model, and a second model in memory that nobody was told of."""
+    notes, store = Notes(), Store(tmp_path)
+    whole = ModelSpec(adapter=Full())
+    plain = produce(store, stage(base, adapter=whole))
+    changes = {"dropout": 0.5, "kl": Kl(weight=0.5)}
+    held = produce(store, stage(base, adapter=whole, changes=changes), notes)
+    assert json.loads((held.path / "model" / "config.json").read_text())["attention_dropout"] == 0.5
+    first = [tables.read_table(made.file("steps.parquet"), tables.STEPS).to_pylist()[0] for made in (plain, held)]
+    assert abs(first[0]["loss_sum"] - first[1]["loss_sum"]) > 1e-3 and first[1]["kl"] > 0 and first[0]["kl"] is None
+    assert any("attention_dropout" in note for note in notes.said)
+    assert any("starting model is kept beside the trained one" in note for note in notes.said)

@@ -17,12 +17,15 @@ from torch import Tensor
 
 from tutelage.errors import ModelError
 from tutelage.evaluate.held_out import HeldOut, next_targets
-from tutelage.evaluate.samples import Prompt, answer_prompts, choose_prompts, score_samples
+from tutelage.evaluate.overfit import Planned, answer_runs, copy_scores, reference_runs
+from tutelage.evaluate.samples import Prompt, as_samples, choose_prompts, prompt_answers, score_samples
 from tutelage.evaluate.stats import aggregates
-from tutelage.model.isolation import require_isolation
+from tutelage.model.isolation import require_isolation, require_unpacked
 from tutelage.model.loss import Head, head_of, hidden_states, unwrapped, weighted_loss
 from tutelage.model.save import generation_config
+from tutelage.model.unpacked import rows_of
 from tutelage.records import Float64, Rendered, Sample, Score
+from tutelage.world import ALONE, World
 
 BATCH_TOKENS = 4096
 """Tokens of one forward pass; sets memory and speed, and the result only by rounding."""
@@ -54,6 +57,13 @@ class Measure:
     run: str = ""
     batch_tokens: int = BATCH_TOKENS
     on_progress: Callable[[int], None] | None = None
+    world: World = ALONE
+    """The ranks that call it together, each with the same model, and share the held-out records."""
+    trained: HeldOut | None = None
+    """Training records that are measured beside the held-out ones: `train_nll`."""
+    planned: Planned | None = None
+    """What training draws: how much of the answers it holds is `copied_share`, and of what the data answers
+    `reference_copied_share`."""
 
     @cached_property
     def prompts(self) -> list[Prompt]:
@@ -63,17 +73,42 @@ class Measure:
     def __call__(self, model: Any, step: int) -> Measurement:
         """The measurement of `model` after `step` steps."""
         with undisturbed(model):
-            scores = evaluate_model(
-                model, self.held_out, seed=self.seed, batch_tokens=self.batch_tokens, on_progress=self.on_progress
-            )
-            samples = self._samples(model)
-        scores = [replace(score, run=self.run, step=step) for score in [*scores, *score_samples(samples)]]
+            scores = [*self._losses(model, self.held_out), *self.train_scores(model)]
+            samples, copied = self._samples(model)
+        scores = [replace(score, run=self.run, step=step) for score in [*scores, *score_samples(samples), *copied]]
         loss = next((s.value for s in scores if s.metric == "nll" and not s.item and not s.task), float("nan"))
         return Measurement(step, scores, [replace(sample, run=self.run, step=step) for sample in samples], loss)
 
-    def _samples(self, model: Any) -> list[Sample]:
+    def beside(self, model: Any, found: Measurement) -> Measurement:
+        """A measurement of this same model that was made without its training records, with these too."""
+        scores = [replace(score, run=self.run, step=found.step) for score in self.train_scores(model)]
+        return replace(found, scores=[*found.scores, *scores])
+
+    def train_scores(self, model: Any) -> list[Score]:
+        """`train_nll` per task and over all: the loss on training records, measured like the held-out ones."""
+        if self.trained is None or not len(self.trained):
+            return []
+        return [replace(score, metric="train_nll") for score in self._losses(model, self.trained) if not score.item]
+
+    def _losses(self, model: Any, records: HeldOut) -> list[Score]:
+        more: dict[str, Any] = {"batch_tokens": self.batch_tokens, "on_progress": self.on_progress, "world": self.world}
+        return evaluate_model(model, records, seed=self.seed, **more)
+
+    def _samples(self, model: Any) -> tuple[list[Sample], list[Score]]:
+        """The generations, and how much of them training answers hold."""
         ends = generation_config(unwrapped(model), self.stop_ids, pad_id=None).eos_token_id or []
-        return answer_prompts(model, self.tokenizer, self.prompts, max_new_tokens=self.max_new_tokens, stop_ids=ends)
+        more: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "stop_ids": ends}
+        answers = prompt_answers(model, self.tokenizer, self.prompts, **more)
+        samples = as_samples(self.prompts, answers, self.tokenizer)
+        if self.planned is None:
+            return samples, []
+        runs = answer_runs([prompt.task for prompt in self.prompts], [answer.ids for answer in answers])
+        return samples, [*copy_scores("copied_share", runs, self.planned), *self._reference_scores]
+
+    @cached_property
+    def _reference_scores(self) -> list[Score]:
+        assert self.planned is not None
+        return copy_scores("reference_copied_share", reference_runs(self.held_out), self.planned)
 
 
 def evaluate_model(
@@ -83,13 +118,14 @@ def evaluate_model(
     seed: int = 0,
     batch_tokens: int = BATCH_TOKENS,
     on_progress: Callable[[int], None] | None = None,
+    world: World = ALONE,
 ) -> list[Score]:
     """One `nll` score per example that has targets, then those per task and over all (see `stats.aggregates`).
 
     An example's value is the *sum* of nll over its targets in nats and its weight their number; what stands under item ""
     is the mean per target. `seed` makes the intervals.
     """
-    nll = sum_nll(model, held_out.examples, batch_tokens=batch_tokens, on_progress=on_progress)
+    nll = sum_nll(model, held_out.examples, batch_tokens=batch_tokens, on_progress=on_progress, world=world)
     scores = [
         Score("", 0, task, item, "nll", value, float(count))
         for task, item, (value, count) in zip(held_out.tasks, held_out.items, nll.tolist(), strict=True)
@@ -104,23 +140,42 @@ def sum_nll(
     *,
     batch_tokens: int = BATCH_TOKENS,
     on_progress: Callable[[int], None] | None = None,
+    world: World = ALONE,
 ) -> Float64:
     """float64 [len(examples), 2]: sum of nll in nats over each example's targets, and their number.
 
     Examples are packed by length into rows of at most `batch_tokens` tokens (a longer one has a row to itself), each
     seeing itself alone; a model that cannot keep documents apart gets one example per row instead. Every nll is made in
-    float32 and summed in float64, so `batch_tokens` changes nothing but rounding. `on_progress` hears the tokens done.
+    float32 and summed in float64, so `batch_tokens` changes nothing but rounding. `on_progress` hears the tokens done. Ranks
+    of a `world` share the rows and all get the whole answer.
     """
     out = np.zeros((len(examples), 2))
     with undisturbed(model):
         is_packed = keeps_documents_apart(model)
+        if not is_packed:
+            require_unpacked(model)
         head = head_of(model)
         lengths = [len(example.ids) for example in examples]
-        for batch in batches(lengths, batch_tokens=batch_tokens, is_packed=is_packed):
-            out[batch] = _batch_nll(model, head, [examples[i] for i in batch], is_packed=is_packed)
+        todo = list(batches(lengths, batch_tokens=batch_tokens, is_packed=is_packed))
+        for batch, is_own in own_turns(todo, rank=world.rank, size=world.size):
+            found = _batch_nll(model, head, [examples[i] for i in batch])
+            if is_own:
+                out[batch] = found
             if on_progress is not None:
                 on_progress(sum(lengths[i] for i in batch))
-    return out
+    return world.total(out)
+
+
+def own_turns(todo: Sequence[list[int]], *, rank: int, size: int) -> Iterator[tuple[list[int], bool]]:
+    """(batch, whether it counts) of a rank's turns: equally many on every rank, since they may meet in each forward pass.
+
+    >>> todo = [[0], [1], [2]]
+    >>> [list(own_turns(todo, rank=rank, size=2)) for rank in (0, 1)]
+    [[([0], True), ([2], True)], [([1], True), ([0], False)]]
+    """
+    for turn in range(0, len(todo), size):
+        is_own = turn + rank < len(todo)
+        yield todo[turn + rank if is_own else 0], is_own
 
 
 def batches(lengths: Sequence[int], *, batch_tokens: int, is_packed: bool) -> Iterator[list[int]]:
@@ -146,6 +201,8 @@ def batches(lengths: Sequence[int], *, batch_tokens: int, is_packed: bool) -> It
 
 def keeps_documents_apart(model: Any) -> bool:
     """Whether packed documents of this model see only themselves (probed with a few dozen tokens, not assumed)."""
+    if rows_of(unwrapped(model)) is not None:
+        return False
     try:
         require_isolation(model)
     except ModelError:
@@ -153,31 +210,23 @@ def keeps_documents_apart(model: Any) -> bool:
     return True
 
 
-def _batch_nll(model: Any, head: Head, examples: Sequence[Rendered], *, is_packed: bool) -> Float64:
-    """float64 [len(examples), 2] of one forward pass: as one packed row, or as right-padded rows that causality keeps clean."""
-    widths = [len(example.ids) for example in examples] if is_packed else [len(examples[0].ids)] * len(examples)
+def _batch_nll(model: Any, head: Head, examples: Sequence[Rendered]) -> Float64:
+    """float64 [len(examples), 2] of one forward pass: as one packed row, or as right-padded rows where the model needs them."""
+    lengths = [len(example.ids) for example in examples]
     device = head.weight.device
-    ids_N, targets_N, counts_N = (torch.from_numpy(column).to(device) for column in _columns(examples, widths))
+    ids_N, targets_N, counts_N = (torch.from_numpy(column).to(device) for column in _columns(examples))
     with torch.no_grad():
-        if is_packed:
-            hidden_ND = hidden_states(model, ids_N[None], lengths=widths)
-        else:
-            hidden_ND = hidden_states(model, ids_N.view(len(examples), -1))
+        hidden_ND = hidden_states(model, ids_N[None], lengths=lengths)
         loss = weighted_loss(hidden_ND, head.weight, targets_N=targets_N, weights_N=counts_N, options=head.options())
-    return np.stack([_sums(loss.nll_N, widths), _sums(counts_N, widths)], axis=1)
+    return np.stack([_sums(loss.nll_N, lengths), _sums(counts_N, lengths)], axis=1)
 
 
-def _columns(examples: Sequence[Rendered], widths: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Flat (ids int64, targets int64, weights float32) [N], each example filled up to its width with weight 0."""
-    ids = np.zeros(sum(widths), np.int64)
-    targets, counts = np.zeros_like(ids), np.zeros(len(ids), np.float32)
-    start = 0
-    for example, width in zip(examples, widths, strict=True):
-        place = slice(start, start + len(example.ids))
-        ids[place] = example.ids
-        targets[place], counts[place] = next_targets(example)
-        start += width
-    return ids, targets, counts
+def _columns(examples: Sequence[Rendered]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Flat (ids int64, targets int64, weights float32) [N] of the examples one after another."""
+    ids = np.concatenate([np.asarray(example.ids, np.int64) for example in examples])
+    pairs = [next_targets(example) for example in examples]
+    targets = np.concatenate([targets for targets, _ in pairs]).astype(np.int64)
+    return ids, targets, np.concatenate([counts for _, counts in pairs]).astype(np.float32)
 
 
 def _sums(values_N: Tensor, widths: Sequence[int]) -> Float64:

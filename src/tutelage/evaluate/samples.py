@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tutelage.evaluate.held_out import HeldOut, seeded_order
 from tutelage.records import Kind, Rendered, Sample, Score, is_written
+
+if TYPE_CHECKING:
+    from tutelage.model.generate import Generation
 
 
 @dataclass(frozen=True)
@@ -68,20 +71,32 @@ def choose_prompts(held_out: HeldOut, *, num_prompts: int, seed: int) -> list[Pr
     return rounds[:num_prompts]
 
 
-def answer_prompts(
+def prompt_answers(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int, stop_ids: Sequence[int]
-) -> list[Sample]:
-    """One `Sample` per prompt, decoded greedily: nothing is drawn, so equal weights give equal samples.
-
-    `ended` = the model wrote a stop token within `max_new_tokens`; `num_tokens` counts what it wrote before that. Prompts
-    show their special tokens, answers do not. `run` and `step` are left empty.
-    """
+) -> list[Generation]:
+    """What the model writes on each prompt, decoded greedily: nothing is drawn, so equal weights give equal answers."""
     from tutelage.model.generate import generate
 
     if not prompts:
         return []
-    ids = [prompt.ids for prompt in prompts]
-    answers = generate(model, tokenizer, ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+    return generate(model, tokenizer, [prompt.ids for prompt in prompts], max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+
+
+def answer_prompts(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int, stop_ids: Sequence[int]
+) -> list[Sample]:
+    """One `Sample` per prompt, as `prompt_answers` and `as_samples` make them."""
+    return as_samples(
+        prompts, prompt_answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids), tokenizer
+    )
+
+
+def as_samples(prompts: Sequence[Prompt], answers: Sequence[Generation], tokenizer: Any) -> list[Sample]:
+    """One `Sample` per prompt and its answer.
+
+    `ended` = the model wrote a stop token within `max_new_tokens`; `num_tokens` counts what it wrote before that. Prompts
+    show their special tokens, answers do not. `run` and `step` are left empty.
+    """
     return [
         Sample(
             run="",

@@ -22,6 +22,9 @@ class EvaluateSpec(Spec):
     """Generations on fixed held-out prompts at each measurement."""
     max_new_tokens: int = Field(default=96, ge=1)
     """Longest generation."""
+    overfit_tokens: int | None = Field(default=8192, ge=0)
+    """Training tokens measured beside the held-out ones for the overfit card, by task as these and no more than these; 0
+    leaves the card out."""
     keep_best: bool = True
     """The final model is the checkpoint with the lowest held-out loss; false takes the last."""
     seed: int = 0

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from tutelage.errors import ModelError
 from tutelage.evaluate.held_out import Candidate, HeldOut, choose_subset, num_targets
+from tutelage.evaluate.overfit import Planned
 from tutelage.evaluate.spec import EvaluateSpec
 from tutelage.evaluate.stats import changes, total_change
 from tutelage.model.stage import model_folder
@@ -23,6 +24,7 @@ from tutelage.store import Artefact, Counts, Json, Outcome, Progress, Stage
 from tutelage.tables import (
     DROPPED,
     HELD_OUT,
+    PLANNED,
     SAMPLES,
     SCORES,
     SPLIT,
@@ -40,6 +42,8 @@ from tutelage.tables import (
 if TYPE_CHECKING:
     from tutelage.evaluate.measure import Measure, Measurement
 
+SEARCHED_TOKENS = 20_000_000
+"""Planned tokens up to which answers are searched for copies while training; it takes some seconds."""
 NOTHING_LEARNED, NOT_DRAWN = "nothing_learned", "not_drawn"
 """Reasons of our own: no token of the record is the model's to write; the budget went to other records."""
 
@@ -71,12 +75,15 @@ class MeasureInputs:
     held_out: Stage
     renders: Mapping[str, Stage]
     rerenders: Mapping[str, Stage] = field(default_factory=dict)
+    plan: Stage | None = None
+    """What was trained on, for the overfit card; the measure before needs none, so that recipes of other plans share it."""
 
     def by_name(self) -> dict[str, Stage]:
-        """`model`, `tokenizer`, `held_out`, `render NAME`, `rerender NAME`."""
+        """`model`, `tokenizer`, `held_out`, `render NAME`, `rerender NAME`, and `plan` where there is one."""
         kinds = {"render": self.renders, "rerender": self.rerenders}
         named = {f"{kind} {name}": stage for kind, stages in kinds.items() for name, stage in stages.items()}
-        return {"model": self.model, "tokenizer": self.tokenizer, "held_out": self.held_out, **named}
+        planned = {"plan": self.plan} if self.plan is not None else {}
+        return {"model": self.model, "tokenizer": self.tokenizer, "held_out": self.held_out, **planned, **named}
 
 
 def held_out_stage(inputs: HeldOutInputs, *, spec: EvaluateSpec) -> Stage:
@@ -265,6 +272,8 @@ def measure_stage(
     """
     assert (trained is None) == (before is None), "`trained` and `before` go together"
     settings: dict[str, Json] = {"samples": spec.samples, "max_new_tokens": spec.max_new_tokens, "seed": spec.seed}
+    if inputs.plan is not None:
+        settings["overfit_tokens"] = spec.overfit_tokens
     stages = inputs.by_name()
     if trained is None or before is None:
         slot, settings = "before", settings | {"device": device, "dtype": dtype}
@@ -294,9 +303,11 @@ def open_measure(
     from tutelage.evaluate.measure import Measure
     from tutelage.model.load import load_tokenizer
 
+    shards = open_shards(artefacts)
+    held_out = HeldOut.read(artefacts["held_out"].file("held_out.parquet"), shards)
     rendered = [a for name, a in artefacts.items() if name.startswith(("render ", "rerender "))]
     return Measure(
-        held_out=HeldOut.read(artefacts["held_out"].file("held_out.parquet"), open_shards(artefacts)),
+        held_out=held_out,
         tokenizer=load_tokenizer(artefacts["tokenizer"].path),
         stop_ids=sorted({int(i) for artefact in rendered for i in artefact.facts["stop_ids"]}),
         num_samples=spec.samples,
@@ -304,7 +315,20 @@ def open_measure(
         seed=spec.seed,
         run=run,
         on_progress=on_progress,
+        **_trained(artefacts, held_out, shards, spec=spec, run=run),
     )
+
+
+def _trained(
+    artefacts: Mapping[str, Artefact], held_out: HeldOut, shards: Shards, *, spec: EvaluateSpec, run: str
+) -> dict[str, Any]:
+    """What the overfit card is made from; nothing without a plan. While training, a large set is not searched for copies."""
+    if "plan" not in artefacts or spec.overfit_tokens == 0:
+        return {}
+    planned = Planned(read_table(artefacts["plan"].file("planned.parquet"), PLANNED), shards)
+    sample = planned.sample(held_out, max_tokens=spec.overfit_tokens, seed=spec.seed)
+    is_searched = run == "after" or planned.num_tokens <= SEARCHED_TOKENS
+    return {"trained": sample, "planned": planned if is_searched else None}
 
 
 def recorded(before: Artefact, *, run: str) -> Measurement:

@@ -2,12 +2,14 @@
 
 One loop serves both doors: `generate` runs batches, `stream` a batch of one. Left padding is hidden by the attention mask
 and positions start at 0 at the first real token; each prompt draws from a random source of its own, made from the seed
-and the prompt, so neighbours change nothing and the caller's random state is left alone.
+and the prompt, so neighbours change nothing and the caller's random state is left alone. Models that carry a state along
+the row (state-space, recurrent) would take padding into it: their batches hold prompts of one length.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tutelage.errors import ModelError
+from tutelage.model.loss import unwrapped
 
 MAX_BATCH = 32
 MAX_BATCH_TOKENS = 16_384
@@ -72,7 +75,8 @@ def generate(  # noqa: PLR0913 - each is a word that users of language models kn
         raise ModelError("a prompt without tokens cannot be continued; give at least a start token")
     sources = _random_sources(prompts, seed=seed)
     answers: dict[int, list[int]] = {}
-    for batch in _batches([len(prompt) for prompt in prompts], max_new_tokens=max_new_tokens):
+    is_padded = not _is_stateful(model)
+    for batch in _batches([len(prompt) for prompt in prompts], max_new_tokens=max_new_tokens, is_padded=is_padded):
         new: dict[int, list[int]] = {index: [] for index in batch}
         rows = [list(prompts[index]) for index in batch]
         for row, token in _tokens(model, rows, sampling, [sources[index] for index in batch]):
@@ -131,16 +135,19 @@ def _random_sources(prompts: Sequence[Sequence[int]], *, seed: int) -> list[torc
     return sources
 
 
-def _batches(lengths: Sequence[int], *, max_new_tokens: int) -> Iterator[list[int]]:
-    """Prompt numbers, longest first, cut at `MAX_BATCH` rows or `MAX_BATCH_TOKENS` tokens.
+def _batches(lengths: Sequence[int], *, max_new_tokens: int, is_padded: bool = True) -> Iterator[list[int]]:
+    """Prompt numbers, longest first, cut at `MAX_BATCH` rows or `MAX_BATCH_TOKENS` tokens; unpadded, of one length each.
 
     >>> list(_batches([3, 9, 4], max_new_tokens=8_000))
     [[1, 2], [0]]
+    >>> list(_batches([3, 9, 3], max_new_tokens=8, is_padded=False))
+    [[1], [0, 2]]
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         widest = lengths[batch[0] if batch else index] + max_new_tokens
-        if batch and (len(batch) == MAX_BATCH or (len(batch) + 1) * widest > MAX_BATCH_TOKENS):
+        is_full = len(batch) == MAX_BATCH or (len(batch) + 1) * widest > MAX_BATCH_TOKENS
+        if batch and (is_full or (not is_padded and lengths[index] != lengths[batch[0]])):
             yield batch
             batch = []
         batch.append(index)
@@ -156,7 +163,7 @@ def _tokens(model: Any, rows: list[list[int]], sampling: _Sampling, sources: lis
     was_training = model.training
     model.eval()
     try:
-        state = _State.start(model, rows)
+        state = (_RunningState if _is_stateful(model) else _State).start(model, rows)
         alive = list(range(len(rows)))
         for _ in range(sampling.max_new_tokens):
             logits_BV = state.next_logits(model)
@@ -216,6 +223,39 @@ class _State:
             self.fresh_BT, self.seen_BT = self.fresh_BT[kept], self.seen_BT[kept]
             self.cache.batch_select_indices(kept)
             self.rows = keep
+
+
+class _RunningState(_State):
+    """The same for a model that carries its state along the row: prompts of one length, no mask, and no row leaves.
+
+    Where the architecture hands out no such state, the whole row is read again for each token: slow, and right.
+    """
+
+    @torch.no_grad()
+    def next_logits(self, model: Any) -> Tensor:
+        name = _cache_name(model)
+        if name is None:
+            output = model(input_ids=self.fresh_BT, use_cache=False)
+        else:
+            output = model(input_ids=self.fresh_BT, use_cache=True, **{name: self.cache})
+            self.cache = getattr(output, name)
+        logits_BV: Tensor = output.logits[:, -1]
+        return logits_BV.to("cpu", torch.float64 if logits_BV.dtype == torch.float64 else torch.float32)
+
+    def append(self, chosen: list[int], *, keep: list[int]) -> None:
+        fresh_B1 = torch.tensor(chosen, device=self.fresh_BT.device)[:, None]
+        self.fresh_BT = fresh_B1 if self.cache is not None else torch.cat([self.fresh_BT, fresh_B1], dim=1)
+
+
+def _is_stateful(model: Any) -> bool:
+    """Whether a row's past is a state that padding would enter, as transformers says of the architecture."""
+    return bool(getattr(unwrapped(model), "_is_stateful", False))
+
+
+def _cache_name(model: Any) -> str | None:
+    """What the model's forward calls its cache; None where it has none."""
+    parameters = inspect.signature(unwrapped(model).forward).parameters
+    return next((name for name in ("past_key_values", "cache_params") if name in parameters), None)
 
 
 def _choose(logits_V: Tensor, sampling: _Sampling, source: torch.Generator) -> int:

@@ -16,11 +16,16 @@ from transformers.utils import logging as transformers_logging
 
 from tutelage.errors import MissingExtra, ModelError, did_you_mean
 from tutelage.model.attention import ATTENTION_NAME, install_attention
+from tutelage.model.embeddings import token_rows
 from tutelage.model.loss import unwrapped
 from tutelage.model.names import base_folder
 from tutelage.model.spec import Lora
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "falcon_h1")
+BYPASSED = {"out_proj", "dt_proj", "conv1d"}
+"""Layers of state-space models whose weight is used without calling them: an adapter there would never be trained."""
 
 BFLOAT16_WORTH = 1.5
 """bfloat16 is chosen from this many times the float32 matmul rate on: below it the lost digits buy too little."""
@@ -65,12 +70,13 @@ def _load_adapter(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-def add_adapter(model: PreTrainedModel, lora: Lora, *, seed: int = 0) -> Any:
+def add_adapter(model: PreTrainedModel, lora: Lora, *, seed: int = 0, new_token_ids: Sequence[int] = ()) -> Any:
     """`model` inside a peft LoRA wrapper: base frozen, adapters float32 and trainable, the update scaled by alpha / rank.
 
     The start depends on `seed` alone and the caller's random state is left as it was. The update starts at zero, so
     the logits are unchanged. Adapters are float32 over a narrower base too: at usual learning rates an update is below
-    what bfloat16 can add to a weight. Raises `ModelError` when a target names no module, or the output layer, or when
+    what bfloat16 can add to a weight. The rows of `new_token_ids` in embeddings and head are trained too, and saved with the
+    adapter. Raises `ModelError` when a target names no module, or the output layer, or when
     there are fewer layers than `top_layers`.
     """
     peft = _import_peft()
@@ -83,6 +89,7 @@ def add_adapter(model: PreTrainedModel, lora: Lora, *, seed: int = 0) -> Any:
         lora_dropout=lora.dropout,
         target_modules=_target_names(model, lora),
         layers_to_transform=_top_layers(model, lora.top_layers),
+        trainable_token_indices=token_rows(model, new_token_ids) if new_token_ids else None,
     )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), _without_peft_warning():
         torch.manual_seed(seed)
@@ -92,11 +99,13 @@ def add_adapter(model: PreTrainedModel, lora: Lora, *, seed: int = 0) -> Any:
 def _target_names(model: PreTrainedModel, lora: Lora) -> str | list[str]:
     if lora.targets != "all_linear":
         return list(lora.targets)
-    if lora.top_layers is None:
+    is_state_space = model.config.model_type in STATE_SPACE
+    if lora.top_layers is None and not is_state_space:
         return "all-linear"
     head = model.get_output_embeddings()
     linear = (torch.nn.Linear, Conv1D)
-    return sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, linear) and m is not head})
+    names = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, linear) and m is not head}
+    return sorted(names - (BYPASSED if is_state_space else set()))
 
 
 def _top_layers(model: PreTrainedModel, number: int | None) -> list[int] | None:

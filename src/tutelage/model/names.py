@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import util
 from pathlib import Path
 from typing import Any, Literal
@@ -152,14 +152,16 @@ def _from_hub(name: str) -> Path:
 
 
 def describe(folder: Path | str) -> ModelFacts:
-    """The `ModelFacts` of a model folder, from its JSON files alone. For an adapter folder: of the base model it names.
+    """The `ModelFacts` of a model folder, from its JSON files alone. For an adapter folder: of the base model it names,
+    with the end tokens that were saved beside the adapter first.
 
     Raises `ModelError` when `config.json` is missing or lacks a number that planning needs.
     """
     folder = Path(folder)
     adapter = _read_json(folder / "adapter_config.json")
     if adapter and not (folder / "config.json").is_file():
-        return describe(base_folder(folder))
+        facts = describe(base_folder(folder))
+        return replace(facts, end_ids=tuple(dict.fromkeys([*_end_ids(folder), *facts.end_ids])))
     outer = _read_json(folder / "config.json")
     if not outer:
         raise ModelError(f"{folder} has no config.json; it is not a model folder")

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from tutelage.errors import ModelError
 from tutelage.model.load import dtype_named, without_progress
 from tutelage.model.loss import unwrapped
+from tutelage.model.quantised import is_quantised
 
 PAD_CANDIDATES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 """Tokens that published tokenizers keep free of other use, best first."""
@@ -52,6 +53,11 @@ def merge_and_save(model: Any, folder: Path | str, *, tokenizer: Any, stop_ids: 
     """
     if not hasattr(model, "peft_config"):
         raise ModelError("the model has no adapter to merge; save_model writes it as it is")
+    if is_quantised(unwrapped(model)):
+        raise ModelError(
+            "an adapter cannot be added into weights of 4 bits without loss; save it, load its folder with load_model (which "
+            "opens the base whole), and merge that"
+        )
     stored = dtype_named(dtype) if dtype else unwrapped(model).dtype
     wide = torch.promote_types(torch.float32, stored)
     merged = copy.deepcopy(model).to(wide).merge_and_unload(safe_merge=True)

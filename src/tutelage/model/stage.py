@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tutelage.errors import ModelError
-from tutelage.model.names import Resolved, resolve
+from tutelage.model.names import Resolved, materialise, resolve
 from tutelage.store import Artefact, Counts, Outcome, Progress, Stage, Store
 
 TOKENIZER_FILES = (
@@ -24,11 +25,16 @@ TOKENIZER_FILES = (
 _ONE = Counts(1, 1)
 
 
-def model_stage(name: str, *, store: Store) -> Stage:
-    """The starting model: dequantised once into the store for a bundled one, else a pointer to its folder."""
+def model_stage(name: str, *, store: Store, new_tokens: Sequence[str] = ()) -> Stage:
+    """The starting model: dequantised once into the store for a bundled one, else a pointer to its folder.
+
+    With `new_tokens` it is a copy in the store, tokenizer included, that has them.
+    """
     resolved = resolve(name)
 
     def build(folder: Path, inputs: Mapping[str, Artefact], progress: Progress) -> Outcome:
+        if new_tokens:
+            return _build_with_tokens(resolved, folder, new_tokens, progress)
         if resolved.kind != "bundled":
             return Outcome(_ONE, {"folder": str(resolved.path.resolve())})
         from tutelage.model.bundled import write_bundled
@@ -38,15 +44,29 @@ def model_stage(name: str, *, store: Store) -> Stage:
         return Outcome(_ONE, {name: value for name, value in written.items() if name != "folder"})
 
     files = {path.name: store.file_digest(path) for path in resolved.files}
+    if new_tokens:
+        made = ("gguf", "tokenizers", "safetensors", "transformers")
+        return Stage("model", 1, {"files": files, "new_tokens": list(new_tokens)}, build, packages=made)
     where = {} if resolved.kind == "bundled" else {"folder": str(resolved.path.resolve())}
     packages = ("gguf", "tokenizers", "safetensors") if resolved.kind == "bundled" else ()
     return Stage("model", 1, {"files": files, **where}, build, packages=packages)
 
 
-def tokenizer_stage(name: str, *, model: Stage, store: Store) -> Stage:
+def _build_with_tokens(resolved: Resolved, folder: Path, new_tokens: Sequence[str], progress: Progress) -> Outcome:
+    """A copy of the model whose vocabulary has these tokens, and their ids."""
+    from tutelage.model.embeddings import write_with_tokens
+
+    progress.note(f"writing {resolved.name} with {len(new_tokens)} new token{'s' * (len(new_tokens) > 1)}, once")
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        ids = write_with_tokens(materialise(resolved, Path(scratch)), folder, new_tokens)
+    return Outcome(_ONE, {"new_token_ids": ids})
+
+
+def tokenizer_stage(name: str, *, model: Stage, store: Store, new_tokens: Sequence[str] = ()) -> Stage:
     """The tokenizer, chat template and end tokens of the starting model, in a folder of their own."""
     resolved = resolve(name)
-    inputs, files = ({"model": model}, {}) if resolved.kind == "bundled" else ({}, _tokenizer_digests(resolved, store))
+    is_made = resolved.kind == "bundled" or bool(new_tokens)
+    inputs, files = ({"model": model}, {}) if is_made else ({}, _tokenizer_digests(resolved, store))
 
     def build(folder: Path, inputs: Mapping[str, Artefact], progress: Progress) -> Outcome:
         origin = inputs["model"].path if inputs else resolved.path

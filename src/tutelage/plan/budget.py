@@ -22,13 +22,15 @@ _EPOCH_DIGITS = 6
 class Supply:
     """What a task (or source) has to give: training examples, their tokens, and the tokens among them that carry loss weight.
 
-    `lost` says what became of its records when none of them can be drawn.
+    `lost` says what became of its records when none of them can be drawn. `num_drawn` counts the draws that earlier parts of
+    the same run have made: caps and minima are of all parts together.
     """
 
     num_examples: int
     num_tokens: int
     num_supervised: int
     lost: str = ""
+    num_drawn: int = 0
 
     def size(self, count: Unit) -> int:
         """The supply in the unit that rates count."""
@@ -107,13 +109,19 @@ def bounds_of(tree: Share, drawn: Mapping[str, Supply], mix: MixSpec) -> Bounds:
 
     PlanError when a minimum is above what the cap holds, or is given to a name without a share.
     """
-    own = {s.name: math.floor(s.max_epochs * drawn[s.name].num_examples) for s in tree.leaves() if s.max_epochs is not None}
+    own = {
+        s.name: max(math.floor(s.max_epochs * drawn[s.name].num_examples) - drawn[s.name].num_drawn, 0)
+        for s in tree.leaves()
+        if s.max_epochs is not None
+    }
     most = dict(own)
     for name, supply in drawn.items():
         visits = bound_of(mix.max_visits, name)
         if visits is not None:
-            most[name] = min(visits * supply.num_examples, own.get(name, visits * supply.num_examples))
-    least = {name: bound for name in drawn if (bound := bound_of(mix.min_examples, name))}
+            allowed = max(visits * supply.num_examples - supply.num_drawn, 0)
+            most[name] = min(allowed, own.get(name, allowed))
+    asked = {name: (bound_of(mix.min_examples, name) or 0) - supply.num_drawn for name, supply in drawn.items()}
+    least = {name: bound for name, bound in asked.items() if bound > 0}
     for name, bound in least.items():
         if bound > most.get(name, bound):
             num = drawn[name].num_examples

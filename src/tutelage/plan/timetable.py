@@ -28,6 +28,7 @@ import numpy as np
 from tutelage.records import Float64, Int64
 
 _MOST_ROUNDS = 10_000
+_LEAST_AMOUNT = 1e-290
 _SETTLED = 1e-13
 _DIGITS = 6  # of an example: what floats blur beyond this is cut off, so a whole number stays one on every machine
 
@@ -74,6 +75,8 @@ def fit_amounts(wanted: Float64, *, costs: Float64, caps: Float64, floors: Float
     >>> wanted = np.array([[60.0, 20.0], [40.0, 80.0]])                         # a fades, b grows
     >>> fit_amounts(wanted, costs=np.ones(2), caps=np.array([40.0, 999.0])).round(1).tolist()
     [[32.6, 7.4], [67.4, 92.6]]
+    >>> fit_amounts(np.array([[0.0, 0.0], [4.0, 8.0]]), costs=np.ones(2), caps=np.array([9.0, 99.0])).tolist()
+    [[0.0, 0.0], [4.0, 8.0]]
 
     Caps hold to the last bit; stretches to a part in a million, less only where a cap leaves a task just one place to be.
     The caller has made sure that the caps can hold every stretch (`reach`).
@@ -85,7 +88,8 @@ def fit_amounts(wanted: Float64, *, costs: Float64, caps: Float64, floors: Float
     for _ in range(_MOST_ROUNDS):
         fill = budgets / _down(wanted * (scale * costs)[:, None])
         amounts = _along(wanted * fill)
-        now = np.clip(amounts, floors, caps) / amounts
+        # A task that is wanted nowhere keeps its nothing.
+        now = np.divide(np.clip(amounts, floors, caps), amounts, out=np.ones_like(amounts), where=amounts > _LEAST_AMOUNT)
         is_settled = bool((np.abs(now - scale) <= _SETTLED * scale).all())
         scale = now
         if is_settled:

@@ -42,6 +42,7 @@ def model_card(data: ReportData, *, folder: str = "model") -> str:
         _front_matter(data, kind),
         f"# {_line(data.title)}",
         _line(verdict.headline(data)),
+        *([_line(extension)] if (extension := verdict.extension_sentence(data)) else []),
         *(["\n".join(f"- {_line(text)}" for text in verdict.by_task(data.task_changes))] if data.task_changes else []),
         *([f"## Held-out loss\n\n{_markdown(tables.change_table(data.changes))}"] if data.changes else []),
         f"## Training data\n\n{_line(verdict.drop_sentence(data))}\n\n{_markdown(tables.mixture_table(data.mixture))}",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tutelage.records import Dropped, Sample
 from tutelage.report.plan_view import PlanView
+
+if TYPE_CHECKING:  # it needs the tables, which need this module
+    from tutelage.report.overfit import Overfit
 
 PLANNED, HELD_OUT, NOT_DRAWN, NOT_SAMPLED = "planned", "held_out", "not_drawn", "not_sampled"
 """The fates of a record that are not a drop: in the plan, kept for measuring, more records than the budget, more than
@@ -191,6 +194,8 @@ class ReportData:
     """The plan's pictures and tables; None where only a mixture is known."""
     base_model: str = ""
     adapter: str = ""
+    overfit: Overfit | None = None
+    """Loss on training records beside held-out loss, and what of the answers was copied; None where it was not measured."""
 
     @property
     def total(self) -> Change | None:

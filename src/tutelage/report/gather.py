@@ -31,6 +31,7 @@ from tutelage.report.data import (
 )
 from tutelage.report.fates import Inputs, dropped_groups, flows, labels, of_stage, rewritten
 from tutelage.report.look import Decode, runs, shortened, token_texts
+from tutelage.report.overfit import Overfit, overfit_of
 from tutelage.report.spec import ReportSpec
 from tutelage.store import Artefact
 from tutelage.tables import PLACEMENTS, PLAN_STEPS, STEPS, Shards, read_samples, read_scores, read_table, records_at
@@ -65,6 +66,7 @@ def gather(inputs: Inputs, *, title: str, recipe: str, name: str, spec: ReportSp
         examples=_examples(inputs, planned, spec.num_examples, weigh),
         accounts=tuple(account(label, artefact) for label, artefact in inputs.items()),
         train_facts=train.facts if train is not None else {},
+        overfit=overfit(inputs.get("after"), train),
         licences=labels(inputs, planned, "licence"),
         origins=labels(inputs, planned, "origin"),
     )
@@ -163,6 +165,14 @@ def changes(before: Artefact | None, after: Artefact | None, *, trained: set[str
         for task in new
         if task in old
     )
+
+
+def overfit(after: Artefact | None, train: Artefact | None) -> Overfit | None:
+    """The overfit card; None before the measure after training, or where no training record was measured."""
+    if after is None or train is None:
+        return None
+    evals = train.path / "evals.parquet"
+    return overfit_of(read_scores(after.file("scores.parquet")), read_scores(evals) if evals.exists() else [])
 
 
 def _aggregates(scores: Sequence[Score], metric: str) -> dict[str, Score]:

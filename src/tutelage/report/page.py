@@ -21,6 +21,7 @@ from tutelage.report import charts, tables, verdict
 from tutelage.report.data import ReportData, Run, SamplePair
 from tutelage.report.flow import flow_svg
 from tutelage.report.look import chunks, emphasis, visible
+from tutelage.report.overfit import gap_table, overfit_table
 from tutelage.report.plan_context import plan_context
 
 _FILES = ("page.html.j2", "page.css", "page.js")
@@ -125,6 +126,7 @@ def _sections(data: ReportData) -> Iterator[tuple[str, str]]:
         ("mixture", "Mixture", data.mixture),
         ("audit", "Audit", data.audit),
         ("training", "Training", data.curves),
+        ("overfit", "Overfit", data.overfit),
         ("samples", "Samples", data.samples),
         ("examples", "Examples", data.examples),
         ("provenance", "Provenance", True),
@@ -148,6 +150,7 @@ def _verdict(data: ReportData) -> dict[str, Any]:
         "verdicts": verdict.by_task(data.task_changes),
         "figures": verdict.figures(data),
         "drop_sentence": verdict.drop_sentence(data),
+        "extension": verdict.extension_sentence(data),
     }
 
 
@@ -164,6 +167,8 @@ def _tables(data: ReportData) -> dict[str, Any]:
         "finding_table": tables.finding_table(data.audit.get("findings", ())),
         "finding_lines": tables.finding_lines(data.audit.get("findings", ())),
         "accounting_table": tables.accounting_table(data.accounts),
+        "overfit_table": overfit_table(data.overfit) if data.overfit is not None else None,
+        "gap_table": gap_table(data.overfit) if data.overfit is not None and data.overfit.gaps else None,
         "steps": tables.steps_table(data.plan_facts).texts(),
         "train_facts": tables.fact_rows(data.train_facts),
         "packages": sorted(packages.items()),

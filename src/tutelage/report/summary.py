@@ -9,6 +9,7 @@ from typing import Any
 
 from tutelage.report import gather, tables, verdict
 from tutelage.report.data import Account, Change, ReportData, TaskMixture
+from tutelage.report.overfit import Overfit
 from tutelage.store import Artefact
 
 
@@ -23,6 +24,7 @@ class Summary:
     plan_facts: Mapping[str, Any]
     num_built: int
     files: tuple[Path, ...]
+    overfit: Overfit | None = None
 
     def tables(self) -> list[tables.Table]:
         """The tables worth printing: mixture and steps until training, then held-out loss."""
@@ -39,6 +41,7 @@ class Summary:
         """The verdict, and where to look."""
         data = ReportData(title="", recipe_name="", recipe_text="", changes=self.changes)
         out = [verdict.headline(data), *verdict.by_task(data.task_changes)] if self.changes else []
+        out += [self.overfit.sentence()] if self.overfit is not None else []
         out += [str(note) for note in self.plan_facts.get("notes", ())] if not self.changes else []
         return [*out, *self.done_lines()]
 
@@ -60,6 +63,7 @@ class Summary:
                 if name in self.plan_facts
             },
             "held_out_loss": tables.change_table(self.changes).as_json(),
+            "overfit": None if self.overfit is None else self.overfit.as_json(),
             "num_built": self.num_built,
             "files": [str(path) for path in self.files],
         }
@@ -76,5 +80,6 @@ def run_summary(artefacts: Mapping[str, Artefact], *, folder: Path) -> Summary:
         changes=gather.changes(artefacts.get("measure before"), artefacts.get("measure after"), trained=trained),
         plan_facts=plan.facts if plan is not None else {},
         num_built=sum(not artefact.is_hit for artefact in artefacts.values()),
+        overfit=gather.overfit(artefacts.get("measure after"), train),
         files=tuple(folder / name for label, name in (("report", "report.html"), ("train", "model")) if label in artefacts),
     )

@@ -67,6 +67,18 @@ def _before_training(data: ReportData) -> str:
     )
 
 
+def extension_sentence(data: ReportData) -> str:
+    """What an extension has to say of itself, in one sentence; nothing for a run of its own."""
+    extends = data.train_facts.get("extends")
+    if not isinstance(extends, dict):
+        return ""
+    return (
+        f"This run extends run {str(extends['run'])[:12]} by {plural(data.train_facts['steps_done'], 'step')}: it began with "
+        f"that run's weights after {plural(extends['steps_before'], 'step')} in all, its optimizer {extends['optimizer']}, with "
+        "a plan and a learning rate schedule of its own; it is not what one longer run would have been."
+    )
+
+
 def figures(data: ReportData) -> list[tuple[str, str]]:
     """The few numbers that stand above everything else, as (label, value)."""
     out = []

@@ -1,9 +1,15 @@
 """The loop: what the plan promised is exactly what the optimizer sees, after any interruption.
 
     schedule   step -> learning rate                                     (pure)
+    batching   rows of a step over devices and passes, solved and refused    (pure)
+    remarks    learning rates: defaults by mode and the usual ranges         (pure)
     micro      Batch -> forward passes without padding; tallies by task, source and kind, from one pass (pure)
     step       one Batch -> its gradient, in any number of passes; what is not finite is named
-    optimizer  float32 weights and gradients behind whatever precision the model runs in; clipping, AdamW
+    prepare    the model with its adapter or its frozen parts; what can be refused before it is loaded
+    fitting    how many rows of a pass fit into memory
+    optimizer  float32 weights and gradients behind whatever precision the model runs in; clipping
+    choice     AdamW or any other torch optimizer, over groups with rates of their own
+    memory     what such an optimizer remembers as named tensors, and back
     state      checkpoints that are whole or not there, and the one to resume from
     log        steps.parquet, events.jsonl, evals.parquet, samples.parquet
     trackers   TensorBoard and W&B behind one protocol

@@ -8,17 +8,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from xxhash import xxh3_64
 
 from tutelage import tables
-from tutelage.records import Sample, Score, StepReport, Tally
+from tutelage.records import Batch, Sample, Score, StepReport, Tally
 from tutelage.store import Json, sync_folder
 
 
@@ -45,7 +49,7 @@ def step_rows(report: StepReport) -> list[dict[str, Any]]:
     >>> [(row["step"], row["part"], row["loss_sum"], row["learning_rate"]) for row in step_rows(report)]
     [(3, 'all', 2.0, 0.1), (3, 'task maths', 2.0, None)]
     """
-    whole = ("grad_norm", "learning_rate", "seconds", "real_tokens", "slots")
+    whole = ("grad_norm", "learning_rate", "seconds", "real_tokens", "slots", "memory_bytes", "objective", "kl")
     rows = [_row(report.step, "all", report.loss) | {name: getattr(report, name) for name in whole}]
     for group, parts in (("task", report.by_task), ("source", report.by_source), ("kind", report.by_kind)):
         rows += [_row(report.step, f"{group} {name}", tally) for name, tally in parts.items()]
@@ -55,6 +59,30 @@ def step_rows(report: StepReport) -> list[dict[str, Any]]:
 def _row(step: int, part: str, tally: Tally) -> dict[str, Any]:
     blank = dict.fromkeys(tables.STEPS.names)
     return blank | {"step": step, "part": part, "loss_sum": tally.loss_sum, "weight": tally.weight, "tokens": tally.tokens}
+
+
+def batch_key(batch: Batch) -> str:
+    """16 hex digits (XXH3) of everything of a batch that its gradient depends on: equal keys, equal training."""
+    digest = xxh3_64()
+    for column in (batch.inputs, batch.targets, batch.weights, batch.positions, batch.segments):
+        digest.update(np.ascontiguousarray(column).data)
+    digest.update(np.float64(batch.total_weight).tobytes())
+    return digest.hexdigest()
+
+
+def step_event(report: StepReport) -> dict[str, Json]:
+    """What events.jsonl says of a step."""
+    whole = {name: getattr(report, name) for name in ("step", "grad_norm", "learning_rate", "batch_key")}
+    return {**whole, "loss": report.loss.mean}
+
+
+def peak_memory_bytes(device: str) -> int:
+    """The most memory in use at once so far: of the GPU where there is one, else of this process."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class StepLog:
@@ -138,18 +166,20 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
 class Pace:
     """How fast a run is, for people.
 
-    >>> Pace(loss=1.5, tokens_per_second=412.3, seconds_left=250).text
-    'loss 1.500, 412 tokens/s, 4 min left'
+    >>> Pace(loss=1.5, tokens_per_second=412.3, seconds_left=250, memory_bytes=2_400_000_000).text
+    'loss 1.500, 412 tokens/s, 2.4 GB, 4 min left'
     """
 
     loss: float
     tokens_per_second: float
     seconds_left: float
+    memory_bytes: int
 
     @property
     def text(self) -> str:
         """One short line."""
-        return f"loss {self.loss:.3f}, {self.tokens_per_second:,.0f} tokens/s, {_about(self.seconds_left)} left"
+        speed, memory = f"{self.tokens_per_second:,.0f} tokens/s", f"{self.memory_bytes / 1e9:.1f} GB"
+        return f"loss {self.loss:.3f}, {speed}, {memory}, {_about(self.seconds_left)} left"
 
 
 def _about(seconds: float) -> str:
@@ -167,6 +197,8 @@ def scalars(report: StepReport) -> dict[str, float]:
     """The numbers of a step that trackers draw as curves."""
     values = {"loss": report.loss.mean, "grad_norm": report.grad_norm, "learning_rate": report.learning_rate}
     values["tokens_per_second"] = report.real_tokens / max(report.seconds, 1e-9)
+    values["memory_bytes"] = float(report.memory_bytes)
+    values |= {name: value for name in ("objective", "kl") if (value := getattr(report, name)) is not None}
     return values | means("task", report.by_task) | means("kind", report.by_kind)
 
 
@@ -175,10 +207,15 @@ def means(group: str, tallies: Mapping[str, Tally]) -> dict[str, float]:
     return {f"{group}/{name}": tally.mean for name, tally in tallies.items()}
 
 
+_BESIDE_LOSS = ("train_nll", "copied_share", "ended_share")
+"""What of a measurement, beside losses, trackers draw over all tasks."""
+
+
 def held_out_scalars(measurement: Measurement) -> dict[str, float]:
-    """The held-out loss, whole and by task, as trackers draw it."""
+    """The held-out loss, whole and by task, and what the overfit card shows of all tasks, as trackers draw them."""
     by_task = losses_by_task(measurement)
-    return {"held_out_loss": measurement.loss} | {f"held_out/{task}": value for task, value in by_task.items()}
+    beside = {s.metric: s.value for s in measurement.scores if not s.item and not s.task and s.metric in _BESIDE_LOSS}
+    return {"held_out_loss": measurement.loss} | {f"held_out/{task}": value for task, value in by_task.items()} | beside
 
 
 def losses_by_task(measurement: Measurement) -> dict[str, float]:

@@ -5,30 +5,43 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from tutelage.allocator import keep_memory
 from tutelage.errors import TrainError
-from tutelage.records import Batch, StepReport
+from tutelage.records import Batch, Float64, StepReport
 from tutelage.store import Json, Progress, Silent, write_atomic
-from tutelage.train.log import EventLog, MeasureLog, Measurement, Pace, StepLog, held_out_scalars, losses_by_task, scalars
-from tutelage.train.micro import Names, tally
+from tutelage.train.extend import Beginning, begin_from
+from tutelage.train.log import (
+    Measurement,
+    Pace,
+    batch_key,
+    held_out_scalars,
+    losses_by_task,
+    peak_memory_bytes,
+    scalars,
+    step_event,
+)
+from tutelage.train.micro import FlatStep, Names, tally
+from tutelage.train.objective import aimed_numbers
 from tutelage.train.optimizer import Optimizer
+from tutelage.train.parallel import parallelise
+from tutelage.train.rank_logs import open_logs
 from tutelage.train.schedule import learning_rate_at
+from tutelage.train.shared_state import SharedCheckpoints, rank_seed
 from tutelage.train.spec import TrainSpec
-from tutelage.train.state import Checkpoints, Position, Snapshot, random_state, set_random_state
-from tutelage.train.step import NameOf, check_norm, step_gradients
+from tutelage.train.state import Position, Snapshot, random_state, set_random_state
+from tutelage.train.step import NameOf, check_norm, learner_of, step_gradients
+from tutelage.train.stopping import Abandoned, StopRequest, listening
 from tutelage.train.trackers import Tracker, open_trackers
+from tutelage.world import current
 
 Measure = Callable[[Any, int], Measurement | None]
 """`measure(model, steps_done)`: what the model scores now, or None where there is nothing to say at this step."""
@@ -57,14 +70,6 @@ class Mixing(Protocol):
         """Nothing; placements.parquet and plan_steps.parquet tell which documents these steps held."""
 
 
-class Stopped(KeyboardInterrupt):
-    """The run was asked to stop and did, between two steps, with a checkpoint written; `signal_number` says by what."""
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
-
-
 @dataclass(frozen=True)
 class Watch:
     """When to measure (None = a quarter of the run) and what follows from it; names and meanings are the recipe's `evaluate`."""
@@ -82,7 +87,10 @@ class Watch:
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be done: the recipe's `train`, the peak learning rate, when to measure, and what numbers stand for."""
+    """What is to be done: the recipe's `train`, the peak learning rate, when to measure, and what numbers stand for.
+
+    `device` is where sharded weights go when the model itself is left on the CPU.
+    """
 
     spec: TrainSpec
     learning_rate: float
@@ -90,6 +98,9 @@ class Task:
     watch: Watch = Watch()
     name_of: NameOf | None = None
     run: str = ""
+    device: str | None = None
+    beginning: Beginning | None = None
+    """The finished run that this one extends."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +125,9 @@ def train(
     """How the run ended; `model` then holds the final weights (the best by held-out loss, or the last).
 
     `batches[i]` is optimizer step i. Logs and checkpoints go to `folder`; a folder with checkpoints of this same run is
-    gone on from, to the bit on a CPU with the same number of threads. Ctrl-C and SIGTERM finish the step, write a
-    checkpoint and raise `Stopped`; a second one ends the process at once. The caller's random state is left as it was.
+    gone on from, to the bit on a CPU with the same number of threads. Ctrl-C and SIGTERM lead to a checkpoint within
+    `train.stop_within_seconds` and raise `Stopped`; a second one ends the process at once. The caller's random state is left
+    as it was.
 
     `batches` that are `Mixing` hear of every measurement, are measured when they are due, and are as they were after a resume;
     what they decide is an event, and a line of `mixture.jsonl`.
@@ -123,28 +135,48 @@ def train(
     Raises `TrainError` when numbers are not finite, a step has no weight, or the checkpoints are of another run.
     """
     device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _asked_to_stop() as asked:
-        torch.manual_seed(task.spec.seed)
-        run = _Run(model, batches, task, folder=folder, progress=progress or Silent())
+    keep_memory()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(rank_seed(task.spec.seed, rank=current().rank))
+        run = _engine(task.spec)(model, batches, task, folder=folder, progress=progress or Silent())
         try:
-            run.go_on()
-            return run.finish(measure, asked)
+            with listening(run.asked):
+                run.go_on()
+                return run.finish(measure, run.asked)
         finally:
             run.close()
 
 
-class _Run:
+def _engine(spec: TrainSpec) -> type[Run]:
+    """Who takes the steps."""
+    if spec.engine == "loop":
+        return Run
+    if not current().is_alone:
+        raise TrainError("train.engine: hf_trainer is for one process; several need `loop`, which does DDP and FSDP2 itself")
+    from tutelage.train.engines.hf_trainer import TrainerRun
+
+    return TrainerRun
+
+
+class Run:
     """A run between its first step and its last: weights, position and logs that belong together."""
 
     def __init__(self, model: Any, batches: Sequence[Batch], task: Task, *, folder: Path, progress: Progress) -> None:
         self.model, self.batches, self.task, self.progress = model, batches, task, progress
+        self.world = current()
+        more: dict[str, Any] = {"kind": task.spec.parallel, "device": task.device, "note": progress.note}
+        self.parallel = parallelise(learner_of(model, task.spec, progress), self.world, **more)
+        self.learner = self.parallel.own
         self.device = next(model.parameters()).device
-        self.optimizer = Optimizer(model, task.spec)
+        self.optimizer = Optimizer(model, task.spec, peak=task.learning_rate)
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.checkpoints = Checkpoints(folder / "checkpoints", keep=task.spec.keep_checkpoints, progress=progress)
+        more = {"seed": task.spec.seed, "keep": task.spec.keep_checkpoints, "progress": progress}
+        self.checkpoints = SharedCheckpoints(folder / "checkpoints", self.world, self.optimizer.weights, **more)
         self.position = Position()
         self.saved: Position | None = None
+        more = {"requeue_exit_code": task.spec.requeue_exit_code, "agree": self.world.agree}
+        self.asked = StopRequest(task.spec.stop_within_seconds, **more)
         self.num_steps = len(batches)
         tenth, quarter = math.ceil(self.num_steps / 10), math.ceil(self.num_steps / 4)
         self.save_every = task.spec.checkpoint_every_steps or max(1, tenth)
@@ -163,35 +195,45 @@ class _Run:
             set_random_state(snapshot.random, self.device)
             if self.mixing is not None and self.position.mixing is not None:
                 self.mixing.restore(self.position.mixing)
+        elif self.task.beginning is not None:
+            begin_from(self.task.beginning, self.checkpoints, self.optimizer, self.device)
+            self.progress.note(self.task.beginning.text)
         self._write_mixture()
-        self.events = EventLog(self.folder / "events.jsonl", self.position.events_bytes)
-        self.steps = StepLog(self.folder / "steps.parquet", self.position.step)
-        self.measurements = MeasureLog(self.folder, self.position.measured_step)
-        self.trackers = open_trackers(
-            self.task.spec.trackers, self.folder / "trackers", run=self.task.run, next_step=self.position.step
-        )
+        self.events, self.steps, self.measurements = open_logs(self.folder, self.position, self.world)
+        trackers = self.task.spec.trackers if self.world.is_first else ()
+        self.trackers = open_trackers(trackers, self.folder / "trackers", run=self.task.run, next_step=self.position.step)
         if snapshot is not None:
             self.progress.note(f"going on from the checkpoint after step {self.position.step} of {self.num_steps}")
         self.events.add("start" if snapshot is None else "resume", step=self.position.step, num_steps=self.num_steps)
 
-    def finish(self, measure: Measure | None, asked: list[int]) -> Result:
+    def finish(self, measure: Measure | None, asked: StopRequest) -> Result:
         """How the run ended. Between steps, in this order: measure, save, stop."""
         if self.mixing is not None and measure is None:
             raise TrainError("mix.schedule: an online mixture follows held-out losses, and nothing is measured in this run")
         self.model.train()
         self.progress.start("train", total=self.num_steps, unit="step")
         self.progress.advance(self.position.step)
-        while True:
-            if measure is not None and self._is_measuring_due():
-                self._measure(measure)
-            if self._is_saving_due():
-                self._save()
-            if self._is_over():
-                break
-            self._stop_if(asked)
-            self._step()
-            self._stop_if(asked)
+        self.drive(measure, asked)
         return self._choose()
+
+    def drive(self, measure: Measure | None, asked: StopRequest) -> None:
+        """Nothing; takes the steps. Another engine takes them otherwise, with the same `between`."""
+        while self.between(measure, asked):
+            states = random_state(self.device)
+            try:
+                self._step()
+            except Abandoned:  # dropout must draw again what the dropped step drew
+                set_random_state(states, self.device)
+            self._stop_if(asked)
+
+    def between(self, measure: Measure | None, asked: StopRequest) -> bool:
+        """Whether there is another step to take, after doing what is due before it."""
+        if measure is not None and self._is_measuring_due():
+            self._measure(measure)
+        if self._is_saving_due():
+            self._save()
+        self._stop_if(asked)
+        return not self._is_over()
 
     def close(self) -> None:
         """Nothing; files are closed and the model's gradients work as before."""
@@ -220,26 +262,38 @@ class _Run:
         started = time.perf_counter()
         step, spec = self.position.step, self.task.spec
         batch = self.batches[step]
-        self.optimizer.zero()
-        flat, nll_N = step_gradients(self.model, batch, micro_batch_rows=spec.micro_batch_rows, name_of=self.task.name_of)
+        flat, nll_N = self._gradients(batch)
         norm = self.optimizer.clip()
         check_norm(norm, batch, self.task.name_of)
         rate = learning_rate_at(step, num_steps=self.num_steps, peak=self.task.learning_rate, schedule=spec.schedule)
         self.optimizer.step(rate)
+        self._write_down(self._report(batch, flat, nll_N, grad_norm=norm, learning_rate=rate, started=started))
+
+    def _gradients(self, batch: Batch) -> tuple[FlatStep, Float64]:
+        """As `step_gradients`; the weights' gradients are those of this step alone."""
+        self.optimizer.zero()
+        more: dict[str, Any] = {"name_of": self.task.name_of, "in_time": self.asked.in_time, "parallel": self.parallel}
+        found = step_gradients(self.learner, batch, micro_batch_rows=self.task.spec.micro_batch_rows, **more)
+        self.parallel.average(self.optimizer.weights)
+        return found
+
+    def _report(self, batch: Batch, flat: FlatStep, nll_N: Float64, *, started: float, **numbers: float) -> StepReport:
+        """What a step came to; `numbers` are its gradient norm and learning rate, `started` the clock before it."""
         sums = tally(flat, nll_N, self.task.names)
-        report = StepReport(
-            step=step,
+        return StepReport(
+            step=self.position.step,
             loss=sums.loss,
             by_task=sums.by_task,
             by_source=sums.by_source,
             by_kind=sums.by_kind,
-            grad_norm=norm,
-            learning_rate=rate,
+            **numbers,
             seconds=time.perf_counter() - started,
             real_tokens=batch.real_tokens,
             slots=int(batch.inputs.size),
+            memory_bytes=peak_memory_bytes(self.device.type),
+            batch_key=batch_key(batch),
+            **aimed_numbers(flat),
         )
-        self._write_down(report)
 
     def _write_down(self, report: StepReport) -> None:
         """Nothing; the step is behind us: position, logs, trackers and the bar say so."""
@@ -250,9 +304,8 @@ class _Run:
             train_seconds=self.position.train_seconds + report.seconds,
         )
         self.steps.add(report)
-        self.events.add(
-            "step", step=report.step, loss=report.loss.mean, grad_norm=report.grad_norm, learning_rate=report.learning_rate
-        )
+        self.events.add("step", **step_event(report))
+        self.asked.took(step=report.seconds)
         for tracker in self.trackers:
             tracker.add(report.step, scalars(report))
         self.recent.append(report)
@@ -261,8 +314,11 @@ class _Run:
     def _pace(self) -> Pace:
         seconds = sum(report.seconds for report in self.recent)
         tokens = sum(report.real_tokens for report in self.recent)
-        left = (self.num_steps - self.position.step) * seconds / len(self.recent)
-        return Pace(self.recent[-1].loss.mean, tokens / max(seconds, 1e-9), left)
+        last, step, every = self.recent[-1], self.position.step, self.measure_every
+        left = (self.num_steps - step) * seconds / len(self.recent)
+        num_measured = (step - 1) // every + 1
+        left += math.ceil((self.num_steps - step) / every) * self.position.measure_seconds / num_measured
+        return Pace(last.loss.mean, tokens / max(seconds, 1e-9), left, last.memory_bytes)
 
     def _measure(self, measure: Measure) -> None:
         """Nothing; measures, in eval mode and with random states put back, and decides what is best and whether to stop."""
@@ -270,13 +326,18 @@ class _Run:
         states = random_state(self.device)
         self.optimizer.zero()
         self.model.eval()
-        with torch.no_grad():
-            found = measure(self.model, self.position.step)
-        self.model.train()
-        set_random_state(states, self.device)
+        try:
+            with torch.no_grad(), self.asked.cut_short():
+                found = self.parallel.within(lambda model: measure(model, self.position.step))
+        except Abandoned:  # measured anew when the run goes on
+            return
+        finally:
+            self.model.train()
+            set_random_state(states, self.device)
         seconds = self.position.measure_seconds + time.perf_counter() - started
         self.position = dataclasses.replace(self.position, measured_step=self.position.step, measure_seconds=seconds)
         if found is not None:
+            self.world.require_same(f"the held-out loss after step {self.position.step}", found.loss)
             self._judge(found)
         if self.mixing is not None:
             self._mix(self.mixing, losses_by_task(found) if found is not None else {})
@@ -290,7 +351,7 @@ class _Run:
             self.events.add("mixture", step=self.position.step, **decided)
 
     def _write_mixture(self) -> None:
-        if self.mixing is not None:
+        if self.mixing is not None and self.world.is_first:
             lines = [json.dumps(line, sort_keys=True) for line in self.mixing.history()]
             write_atomic(self.folder / "mixture.jsonl", "".join(f"{line}\n" for line in lines).encode())
 
@@ -317,6 +378,7 @@ class _Run:
 
     def _save(self) -> None:
         """Nothing; a checkpoint of this moment, and logs that reach exactly as far."""
+        started = time.perf_counter()
         self.steps.flush()
         self.measurements.flush()
         self.events.add("checkpoint", step=self.position.step)
@@ -324,17 +386,18 @@ class _Run:
         weights, memory = self.optimizer.weights, self.optimizer.memory()
         self.checkpoints.save(Snapshot(self.position, weights, memory, random_state(self.device)))
         self.saved = self.position
+        self.asked.took(save=time.perf_counter() - started)
 
-    def _stop_if(self, asked: list[int]) -> None:
+    def _stop_if(self, asked: StopRequest) -> None:
         """Nothing; raises `Stopped`, with everything so far on disk, when a signal has come."""
-        if not asked:
+        if not (number := asked.number()):
             return
         if self.saved != self.position:
             self._save()
-        raise Stopped(
+        raise asked.stopped(
             f"stopped after step {self.position.step} of {self.num_steps}; everything so far is kept. "
-            "The same command goes on from here: `tutelage run RECIPE`",
-            asked[0],
+            "The same command goes on from here.",
+            number,
         )
 
     def _choose(self) -> Result:
@@ -345,31 +408,10 @@ class _Run:
             self.optimizer.restore(dict(self.checkpoints.load(final).weights))
         if final == 0 and step > 0:
             self.progress.note("the held-out loss never fell below that of the starting model, which is therefore kept")
-        if self.mixing is not None:
+        if self.mixing is not None and self.world.is_first:
             self.mixing.write(self.folder, step)
         self.optimizer.zero()
         self.model.eval()
-        return Result(self.position, final, self.num_steps, self.optimizer.num_weights)
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[list[int]]:
-    """A list that gets the number of the first SIGINT or SIGTERM; the second is handled as if we were not here."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # Python hands signals to the main thread alone
-        yield asked
-        return
-    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        for other, handler in before.items():
-            signal.signal(other, handler)
-
-    try:
-        for number in before:
-            signal.signal(number, note)
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        num_weights = self.optimizer.num_weights
+        self.parallel.collect()
+        return Result(self.position, final, self.num_steps, num_weights)

@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tutelage.errors import TrainError
 from tutelage.records import Batch, Document, Float32, Float64, Int64, Kind, Tally
-
-SLOTS_PER_PASS = 2048
-"""Room of one forward pass when the recipe does not say: what a step needs in memory grows with it, its gradient does not."""
+from tutelage.train.batching import default_rows_per_pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +25,14 @@ class Pass:
     start: int
     stop: int
     lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Aimed:
+    """Beside the step's nll: what was minimised, per unit of weight, and the mean KL to the start, None without a pull."""
+
+    objective: float | None
+    kl: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,8 @@ class FlatStep:
     lengths: Int64
     rows: Int64
     documents: tuple[Document, ...]
+    aimed: Aimed | None = None
+    """What the step came to beside its nll, once it has run; None where the loss is all."""
 
     def passes(self, rows_per_pass: int) -> list[Pass]:
         """The passes over at most so many rows each, in order; rows of padding alone cost none."""
@@ -98,13 +107,17 @@ def flatten(batch: Batch) -> FlatStep:
     )
 
 
-def rows_in_pass(capacity: int, micro_batch_rows: int | None) -> int:
-    """Rows per forward pass: as stated, else as many as fit `SLOTS_PER_PASS`.
+MicroBatchRows = int | Literal["auto"] | None
+"""As recipes state it; a run settles `auto` before its first step, and until then it is as good as nothing."""
+
+
+def rows_in_pass(capacity: int, micro_batch_rows: MicroBatchRows) -> int:
+    """Rows per forward pass: as stated, else as many as fit 2,048 slots.
 
     >>> rows_in_pass(1024, None), rows_in_pass(8192, None), rows_in_pass(1024, 3)
     (2, 1, 3)
     """
-    return micro_batch_rows or max(1, SLOTS_PER_PASS // capacity)
+    return micro_batch_rows if isinstance(micro_batch_rows, int) else default_rows_per_pass(capacity)
 
 
 def check_weight(batch: Batch, flat: FlatStep) -> None:
