@@ -64,6 +64,8 @@ def _open(job: Job, micro_rows: int | None) -> tuple[Any, Sequence[Batch], Any]:
 
     dtype = "float32" if job.precision == "float32" else "auto" if job.precision == "defaults" else "bfloat16"
     said = {"train.dtype": dtype, "train.device": job.device, "train.checkpoint_every_steps": 10**6}
+    if job.device == "cpu":
+        said["train.compile"] = "true"  # as a run of some minutes or more does by itself
     if micro_rows:
         said["train.micro_batch_rows"] = micro_rows
     if job.precision != "defaults":
@@ -148,8 +150,10 @@ def _pure(model: Any, batches: _Steps, task: Any, clock: Clock, folder: Path) ->
     """
     import torch
 
+    from tutelage.allocator import keep_memory
     from tutelage.train.step import learner_of, step_gradients
 
+    keep_memory()  # as the loop does
     learner = learner_of(model, task.spec, Silent()).train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=task.learning_rate, weight_decay=task.spec.weight_decay, fused=True)

@@ -1305,7 +1305,7 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         "checkpoints never found",
-        "tutelage.train.state:Checkpoints.latest",
+        "tutelage.train.shared_state:SharedCheckpoints.latest",
         checkpoints_never_found,
         (f"{_TRAIN}::test_a_finished_run_is_not_trained_again",),
     ),

@@ -130,8 +130,9 @@ class _Preview:
         labels = [label for label in stages if label in wanted]
         done = dict(produced(self.pipeline, labels, self.progress))
         self.progress.start("preview", len(missing), "sources")
-        by_stage = {id(stages[label]): artefact for label, artefact in done.items()}
-        out = {name: by_stage[id(stage)] for name, stage in plan.inputs.items() if id(stage) in by_stage}
+        made = {(stages[label].name, stages[label].key): artefact for label, artefact in done.items()}
+        of_plan = {name: (stage.name, stage.key) for name, stage in plan.inputs.items()}
+        out = {name: made[box] for name, box in of_plan.items() if box in made}
         for source in sources:
             if source in missing:
                 out = {name: a for name, a in out.items() if not _is_of(name, source)} | self._sample(source, done)

@@ -22,6 +22,8 @@ from tutelage.plan.rates import allocate
 from tutelage.plan.timetable import fit_amounts
 
 _DIGITS = 9
+_LEAST_SHARE = 1e-12
+"""A share that reached 0 could never grow again: it is multiplied."""
 
 Losses = Mapping[str, float]
 
@@ -144,7 +146,9 @@ class OnlineMixer:
         floor, num = self.rule.floor, len(before)
         whole = sum(before[name] for name in excess)
         mean = sum(before[name] * excess[name] for name in excess) / whole if whole else 0.0
-        grown = {name: share * math.exp(self.rule.step_size * (excess.get(name, mean) - mean)) for name, share in before.items()}
+        pull = {name: self.rule.step_size * (excess.get(name, mean) - mean) for name in before}
+        strongest = max(pull.values())  # a factor that all have in common cancels
+        grown = {name: max(share * math.exp(pull[name] - strongest), _LEAST_SHARE) for name, share in before.items()}
         total = sum(grown.values())
         return {name: (1 - num * floor) * value / total + floor for name, value in grown.items()}
 
