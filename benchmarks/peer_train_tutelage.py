@@ -8,37 +8,39 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from train_side import IGNORED, Clock, Document, Job, digest, held_out_loss, states_of
+from train_side import IGNORED, Clock, Document, Job, digest, held_out_loss, states_of, warm_up_steps
 
 from tutelage.records import Batch
 from tutelage.records import Document as Placed
 from tutelage.store import Silent
 
+SMALL_PASS = 512
+"""Tokens of a pass where memory counts more than speed."""
 VERSIONS = ("tutelage", "transformers", "torch")
 
 
 def train(job: Job, setting: str, micro_rows: int | None) -> dict[str, Any]:
-    """`setting` is "" for the plan as it is, "permuted" for each step's rows the other way round."""
+    """`setting`: "" for the plan as it is, "permuted" for each step's rows the other way round, "small" for small passes."""
     import torch
 
     threads = torch.get_num_threads()
-    model, batches, task = _open(job, micro_rows)
+    model, batches, task = _open(job, micro_rows, most_tokens=SMALL_PASS if setting == "small" else None)
     torch.set_num_threads(threads)
     steps = [batches[step] for step in range(job.num_steps)]
     if setting == "permuted":
         steps = [turned(batch) for batch in steps]
     documents = [document for batch in steps for row in documents_of(batch) for document in row]
-    work = _flops(model, steps, task)
+    work = _flops(model, steps[warm_up_steps(len(steps)) :], task)
     clock, begun = Clock(job.device), time.perf_counter()
     _warm_up(model, steps[0])
     warm_up_seconds = time.perf_counter() - begun
     if job.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     run = _pure if job.precision == "bf16" and job.said["adapter"] == "full" else _whole
+    clock.counts = [(batch.real_tokens, int((batch.weights > 0).sum())) for batch in steps]
     losses, states = run(model, _Steps(steps, clock), task, clock, job.folder)
-    clock.count(sum(batch.real_tokens for batch in steps), sum(int((batch.weights > 0).sum()) for batch in steps))
     told = clock.told() | {"digest": digest(documents), "losses": losses, "states": states}
-    told |= {"flops": work, "flops_per_second": work / sum(clock.seconds), "warm_up_seconds": warm_up_seconds}
+    told |= {"flops": work, "flops_per_second": work / told["seconds"], "warm_up_seconds": warm_up_seconds}
     return told | {"held_out_loss": held_out_loss(model, job)}
 
 
@@ -57,7 +59,7 @@ def ceiling(job: Job) -> dict[str, Any]:
     return told
 
 
-def _open(job: Job, micro_rows: int | None) -> tuple[Any, Sequence[Batch], Any]:
+def _open(job: Job, micro_rows: int | None, *, most_tokens: int | None) -> tuple[Any, Sequence[Batch], Any]:
     """Model, batches and task as `tutelage train` begins with them."""
     import tutelage
     from tutelage.profiling import begin_training
@@ -66,6 +68,8 @@ def _open(job: Job, micro_rows: int | None) -> tuple[Any, Sequence[Batch], Any]:
     said = {"train.dtype": dtype, "train.device": job.device, "train.checkpoint_every_steps": 10**6}
     if job.device == "cpu":
         said["train.compile"] = "true"  # as a run of some minutes or more does by itself
+    if most_tokens:
+        said["train.micro_batch_tokens"] = most_tokens
     if micro_rows:
         said["train.micro_batch_rows"] = micro_rows
     if job.precision != "defaults":
@@ -153,7 +157,8 @@ def _pure(model: Any, batches: _Steps, task: Any, clock: Clock, folder: Path) ->
     from tutelage.allocator import keep_memory
     from tutelage.train.step import learner_of, step_gradients
 
-    keep_memory()  # as the loop does
+    if task.spec.micro_batch_tokens is None:  # as the loop does
+        keep_memory()
     learner = learner_of(model, task.spec, Silent()).train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=task.learning_rate, weight_decay=task.spec.weight_decay, fused=True)
@@ -161,7 +166,8 @@ def _pure(model: Any, batches: _Steps, task: Any, clock: Clock, folder: Path) ->
     for step in range(len(batches)):
         batch = batches[step]
         optimizer.zero_grad(set_to_none=True)
-        flat, nll_N = step_gradients(learner, batch, micro_batch_rows=task.spec.micro_batch_rows)
+        sizes = {name: getattr(task.spec, name) for name in ("micro_batch_rows", "micro_batch_tokens")}
+        flat, nll_N = step_gradients(learner, batch, **sizes)
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         losses.append(float((flat.weights * nll_N).sum() / batch.total_weight))

@@ -1,6 +1,6 @@
 r"""Training on the same conversations: tutelage beside TRL (padded, grouped by length, packed) and a loop written by hand.
 
-    python benchmarks/train.py --rounds 1    # SmolLM2-135M, bf16 weights and optimizer states, one step of 4 x 2,048 slots each
+    python benchmarks/train.py --rounds 1    # SmolLM2-135M, bf16 weights and optimizer states, steps of 4 x 2,048 slots
     python benchmarks/train.py --quick       # a random small Llama, under a minute once TRL's environment is there
     python benchmarks/train.py --check       # speed, ceiling, curve and memory of the loss; fails when a bar is missed
     python benchmarks/train.py --device cuda --shape llama-1b --sides tutelage trl-packed liger unsloth-packed ceiling
@@ -10,8 +10,9 @@ r"""Training on the same conversations: tutelage beside TRL (padded, grouped by 
 
 Every side gets the same token ids and the same trained tokens, which is checked, takes as many steps, and is measured on the
 same held-out tokens by the same plain code in float32. Packed sides take rows of 2,048; padded and grouped ones take 8 documents
-a forward pass (`trl-grouped@4` takes 4) and about as many documents a step as ours holds. Clocks run from the first step to the
-end of the last; imports, loading, compiling and a short warm-up stand outside. Memory is the process's own high-water mark.
+a forward pass (`trl-grouped@4` takes 4) and about as many documents a step as ours holds. Imports, loading, compiling, a short
+warm-up and, of several steps, the first stand outside the clocks. Memory is the process's own high-water mark; `tutelage-small`
+takes passes of 512 tokens, and stands beside those peers that need less memory than our usual passes.
 
     --precision bf16       weights, gradients and optimizer states in bfloat16 on every side (ours: a benchmark's construction,
                                as the library keeps float32 weights behind narrow ones)
@@ -42,7 +43,7 @@ from peer_meter import machine, num_cores  # noqa: E402
 from train_bars import Bar, ceiling_bar, curve_bar, of, same_targets, speed_bars, spread  # noqa: E402
 
 DEMONSTRATION = str(HERE.parent / "recipes" / "data" / "*.jsonl*")
-SIDES = ("tutelage", "ceiling", "trl-packed", "trl-grouped", "trl-padded", "plain")
+SIDES = ("tutelage", "tutelage-small", "ceiling", "trl-packed", "trl-grouped@2", "trl-grouped", "trl-padded", "plain")
 PEER_OF = {"trl": "trl", "liger": "liger", "unsloth": "unsloth"}
 """The environment of a side, by its first word; the others run in ours."""
 MODULES = {"trl": "peer_train_trl", "liger": "peer_train_plain", "plain": "peer_train_plain", "unsloth": "peer_train_unsloth"}
@@ -73,7 +74,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["bf16", "masters", "float32", "defaults"], default="bf16")
     parser.add_argument("--sides", nargs="+", metavar="SIDE", help="of tutelage, ceiling, plain, trl-*, liger, unsloth-*")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="speed alone; all with --check")
-    parser.add_argument("--steps", type=int, help="optimizer steps of each side (1)")
+    parser.add_argument("--steps", type=int, help="optimizer steps of each side, the first of several not in its rate (2)")
     parser.add_argument("--curve-steps", type=int, default=4, help="of the comparison with float32 (4)")
     parser.add_argument("--rows", type=int, help="rows of a step (4)")
     parser.add_argument("--capacity", type=int, help="slots of a row (2048)")
@@ -86,13 +87,17 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    defaults = {"shape": "tiny", "rows": 2, "capacity": 256, "rounds": 1} if options.quick else {}
-    defaults = {"shape": "smollm2-135m", "rows": 4, "capacity": 2048, "rounds": 3, "steps": 1} | defaults
+    defaults = {"shape": "tiny", "rows": 2, "capacity": 256, "rounds": 1, "steps": 1} if options.quick else {}
+    defaults = {"shape": "smollm2-135m", "rows": 4, "capacity": 2048, "rounds": 3, "steps": 2} | defaults
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     options.parts = options.parts or (list(PARTS) if options.check and not options.quick else ["speed"])
-    usual = [side for side in SIDES if side != "trl-padded"] if options.quick else list(SIDES)
+    usual = (
+        [side for side in SIDES if side not in ("trl-padded", "trl-grouped@2", "tutelage-small")]
+        if options.quick
+        else list(SIDES)
+    )
     options.sides = options.sides or (["tutelage", "trl-default"] if options.precision == "defaults" else usual)
     return options
 

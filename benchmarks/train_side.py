@@ -43,12 +43,23 @@ def num_supervised(documents: list[Document]) -> int:
     return sum(label != IGNORED for _, labels in documents for label in labels)
 
 
+def warm_up_steps(num_steps: int) -> int:
+    """Steps that no rate counts: the first of several, in which memory is taken and kernels meet their shapes.
+
+    >>> warm_up_steps(1), warm_up_steps(3)
+    (0, 1)
+    """
+    return 1 if num_steps > 1 else 0
+
+
 class Clock:
     """Seconds and peak memory of the steps, and what they held."""
 
     def __init__(self, device: str) -> None:
         self.device, self.useful, self.supervised, self.started = device, 0, 0, 0.0
         self.seconds: list[float] = []
+        self.counts: list[tuple[int, int]] = []
+        """Useful and supervised tokens of each step."""
         self.peak_bytes = 0
 
     def start(self) -> None:
@@ -58,6 +69,9 @@ class Clock:
         """A step is done."""
         now = self._now()
         self.seconds.append(now - self.started)
+        if len(self.counts) < len(self.seconds):  # counted on the way
+            self.counts.append((self.useful, self.supervised))
+            self.useful = self.supervised = 0
         self.started = now
         self.peak_bytes = self._peak()
 
@@ -66,14 +80,16 @@ class Clock:
         self.supervised += num_targets
 
     def told(self) -> dict[str, Any]:
-        total = sum(self.seconds)
+        first = warm_up_steps(len(self.seconds))
+        total = sum(self.seconds[first:])
+        useful, supervised = (sum(column) for column in zip(*self.counts[first:], strict=True))
         return {
             "seconds": total,
             "step_seconds": self.seconds,
-            "useful_tokens": self.useful,
-            "supervised_tokens": self.supervised,
-            "useful_per_second": self.useful / total,
-            "supervised_per_second": self.supervised / total,
+            "useful_tokens": useful,
+            "supervised_tokens": supervised,
+            "useful_per_second": useful / total,
+            "supervised_per_second": supervised / total,
             "peak_bytes": self.peak_bytes,
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from tiny_training import SOURCES, TASKS, Doc, make_batch, make_docs
 from tutelage.errors import TrainError
 from tutelage.records import Batch, Kind, Tally
-from tutelage.train.micro import Names, check_weight, flatten, not_finite, rows_in_pass, tally
+from tutelage.train.micro import Names, Pass, check_weight, cut_pass, flatten, not_finite, rows_in_pass, tally
 
 NAMES = Names(TASKS, SOURCES)
 
@@ -98,3 +99,14 @@ def test_documents_with_a_loss_that_is_no_number_are_found() -> None:
     """Kills a check of the sum alone, which cannot say where."""
     nll = np.array([1.0, 0.0, 0.0, np.inf, 0.0, np.nan, 0.0])
     assert [document.example for document in not_finite(flatten(two_rows()), nll)] == [8, 9]
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 40))
+def test_passes_of_few_tokens_hold_every_document_once_in_order(lengths: list[int], most: int) -> None:
+    """Kills: a document cut in two or left out where a pass ends, or a pass that takes one document too many."""
+    parts = cut_pass(Pass(5, 5 + sum(lengths), tuple(lengths)), most)
+    assert [n for part in parts for n in part.lengths] == lengths
+    assert [part.stop - part.start for part in parts] == [sum(part.lengths) for part in parts]
+    assert parts[0].start == 5 and all(a.stop == b.start for a, b in pairwise(parts))
+    assert all(sum(part.lengths) <= most or len(part.lengths) == 1 for part in parts)
+    assert all(sum(a.lengths) + b.lengths[0] > most for a, b in pairwise(parts))

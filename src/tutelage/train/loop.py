@@ -135,7 +135,8 @@ def train(
     Raises `TrainError` when numbers are not finite, a step has no weight, or the checkpoints are of another run.
     """
     device = next(model.parameters()).device
-    keep_memory()
+    if task.spec.micro_batch_tokens is None:  # who asks for small passes wants memory rather than the last bit of speed
+        keep_memory()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(rank_seed(task.spec.seed, rank=current().rank))
         run = _engine(task.spec)(model, batches, task, folder=folder, progress=progress or Silent())
@@ -273,7 +274,8 @@ class Run:
         """As `step_gradients`; the weights' gradients are those of this step alone."""
         self.optimizer.zero()
         more: dict[str, Any] = {"name_of": self.task.name_of, "in_time": self.asked.in_time, "parallel": self.parallel}
-        found = step_gradients(self.learner, batch, micro_batch_rows=self.task.spec.micro_batch_rows, **more)
+        more |= {name: getattr(self.task.spec, name) for name in ("micro_batch_rows", "micro_batch_tokens")}
+        found = step_gradients(self.learner, batch, **more)
         self.parallel.average(self.optimizer.weights)
         return found
 

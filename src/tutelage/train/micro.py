@@ -55,8 +55,15 @@ class FlatStep:
     aimed: Aimed | None = None
     """What the step came to beside its nll, once it has run; None where the loss is all."""
 
-    def passes(self, rows_per_pass: int) -> list[Pass]:
-        """The passes over at most so many rows each, in order; rows of padding alone cost none."""
+    def passes(self, rows_per_pass: int, *, most_tokens: int | None = None) -> list[Pass]:
+        """The passes over at most so many rows each, in order; rows of padding alone cost none.
+
+        With `most_tokens` a pass ends before the document that would make it longer; a longer document goes alone.
+        """
+        whole = self._passes_of_rows(rows_per_pass)
+        return whole if most_tokens is None else [part for one in whole for part in cut_pass(one, most_tokens)]
+
+    def _passes_of_rows(self, rows_per_pass: int) -> list[Pass]:
         assert rows_per_pass >= 1
         bounds = np.searchsorted(self.rows // rows_per_pass, np.arange(self.rows.max(initial=-1) // rows_per_pass + 2))
         ends = np.concatenate([[0], np.cumsum(self.lengths)])
@@ -105,6 +112,24 @@ def flatten(batch: Batch) -> FlatStep:
         rows=rows_N[starts_D].astype(np.int64),
         documents=documents,
     )
+
+
+def cut_pass(whole: Pass, most_tokens: int) -> list[Pass]:
+    """The pass as passes of at most so many tokens, documents in their order and never cut.
+
+    >>> [part.lengths for part in cut_pass(Pass(10, 25, (4, 3, 2, 6)), 7)]
+    [(4, 3), (2,), (6,)]
+    >>> [(part.start, part.stop) for part in cut_pass(Pass(10, 25, (4, 3, 2, 6)), 5)]
+    [(10, 14), (14, 19), (19, 25)]
+    """
+    groups: list[list[int]] = []
+    for length in whole.lengths:
+        if groups and sum(groups[-1]) + length <= most_tokens:
+            groups[-1].append(length)
+        else:
+            groups.append([length])
+    ends = np.cumsum([whole.start, *(sum(group) for group in groups)]).tolist()
+    return [Pass(a, b, tuple(group)) for (a, b), group in zip(pairwise(ends), groups, strict=True)]
 
 
 MicroBatchRows = int | Literal["auto"] | None

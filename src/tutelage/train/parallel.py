@@ -43,10 +43,10 @@ class Parallel:
         config = unwrapped(self.own.model).config.get_text_config()
         self._hidden_size = int(getattr(config, "hidden_size", HIDDEN_SIZE))
 
-    def share(self, flat: FlatStep, *, num_rows: int, rows_per_pass: int) -> Share:
-        """This rank's part of a step: all of it when alone."""
+    def share(self, flat: FlatStep, *, num_rows: int, rows_per_pass: int, most_tokens: int | None = None) -> Share:
+        """This rank's part of a step: all of it when alone. `most_tokens` of a pass are for one process."""
         if self.world.is_alone:
-            return Share(flat, flat.passes(rows_per_pass), np.arange(len(flat.inputs)))
+            return Share(flat, flat.passes(rows_per_pass, most_tokens=most_tokens), np.arange(len(flat.inputs)))
         more = {"rank": self.world.rank, "num_ranks": self.world.size, "hidden_size": self._hidden_size}
         return share_of(flat, num_rows=num_rows, rows_per_pass=rows_per_pass, **more)
 

@@ -26,6 +26,11 @@ def check_early(spec: TrainSpec, model_spec: ModelSpec, *, num_steps: int, devic
     """
     if spec.parallel == "fsdp" and not current().is_alone:
         _check_cut(spec, model_spec)
+    if spec.micro_batch_tokens is not None and not current().is_alone:
+        raise TrainError(
+            "train.micro_batch_tokens: ranks meet in every pass, and passes cut by documents are not equally many; state "
+            "`train.micro_batch_rows`, or smaller rows (`render.max_tokens`)"
+        )
     rehearse(spec)
     check_schedule(spec.schedule, num_steps)
     if isinstance(model_spec.adapter, QLora):

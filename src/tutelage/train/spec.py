@@ -186,6 +186,8 @@ class TrainSpec(Spec):
     micro_batch_rows: Annotated[Literal["auto"] | int | None, BeforeValidator(_number_or_auto)] = None
     """Rows per forward pass, the last taking what is left; `auto` tries what fits into memory before training starts; 2,048
     slots' worth when left out. Gradients do not depend on it."""
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    """Passes end before the document that would make them longer than this: less memory than a row takes. One process only."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """`auto` takes cuda, else mps, else cpu."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -213,6 +215,12 @@ class TrainSpec(Spec):
     """Where steps are logged beside steps.parquet and events.jsonl."""
     seed: int = 0
     """Initialises adapters and dropout."""
+
+    @model_validator(mode="after")
+    def _one_size_of_passes(self) -> Self:
+        if self.micro_batch_tokens is not None and self.micro_batch_rows is not None:
+            raise ValueError("`micro_batch_rows` and `micro_batch_tokens` both say how large a pass is; leave one out")
+        return self
 
     @model_validator(mode="after")
     def _two_betas(self) -> Self:

@@ -45,6 +45,7 @@ WITHOUT_EFFECT = (
     "requeue_exit_code",
     "parallel",
     "micro_batch_rows",
+    "micro_batch_tokens",
 )
 """Settings that change what is kept or shown on the way, or how a step is cut into passes, and no number of the result but by
 rounding: no part of the key, so that a run can go on with others."""

@@ -29,6 +29,7 @@ def step_gradients(
     batch: Batch,
     *,
     micro_batch_rows: MicroBatchRows = None,
+    micro_batch_tokens: int | None = None,
     name_of: NameOf | None = None,
     in_time: Callable[[Sequence[Pass]], Iterable[Pass]] = iter,
     parallel: Parallel | None = None,
@@ -36,7 +37,7 @@ def step_gradients(
     """(the step without padding, the loss of each of its tokens in nats); adds the step's gradient to the weights.
 
     The gradient is that of sum_i w_i * nll_i / W. W is the plan's total over all rows, so each pass divides by the same
-    number and `micro_batch_rows` changes nothing but memory. Tokens with weight 0 have loss 0 here: they never met the
+    number and the size of passes changes nothing but memory. Tokens with weight 0 have loss 0 here: they never met the
     head. The model is put in no mode and the gradients are not cleared: both are the caller's. `in_time` may end the step
     between two passes, by raising. With `parallel` this rank runs its share of the passes, and what is returned is the whole
     step's on every rank.
@@ -49,7 +50,7 @@ def step_gradients(
     parallel = parallel or Parallel(model, ALONE)
     aim = Aim.of(parallel.own.objective, flat, step=batch.step, total_weight=batch.total_weight)
     rows_per_pass = rows_in_pass(batch.inputs.shape[1], micro_batch_rows)
-    share = parallel.share(flat, num_rows=batch.num_rows, rows_per_pass=rows_per_pass)
+    share = parallel.share(flat, num_rows=batch.num_rows, rows_per_pass=rows_per_pass, most_tokens=micro_batch_tokens)
     losses = [
         _pass_gradients(parallel, share.flat, part, aim=aim, device=device)
         for part in parallel.passes(in_time(share.passes), num_passes=len(share.passes))
