@@ -65,8 +65,8 @@ def speed_bars(runs: Runs) -> list[Bar]:
 def ours_beside(runs: Runs, side: str) -> str:
     """The fastest of our own settings that needs no more memory than `side`; our usual one where none does.
 
-    >>> names, speeds, sizes = ("tutelage", "tutelage-small", "trl-a", "trl-b", "trl-c"), (9.0, 7.0, 2.0, 4.0, 1.0), (3, 2, 3, 2, 1)
-    >>> runs = [dict(side=s, round=0, useful_per_second=v, peak_bytes=m) for s, v, m in zip(names, speeds, sizes, strict=True)]
+    >>> sides = {"tutelage": (9.0, 3), "tutelage-small": (7.0, 2), "trl-a": (2.0, 3), "trl-b": (4.0, 2), "trl-c": (1.0, 1)}
+    >>> runs = [dict(side=side, round=0, useful_per_second=v, peak_bytes=m) for side, (v, m) in sides.items()]
     >>> [ours_beside(runs, side) for side in ("trl-a", "trl-b", "trl-c")]
     ['tutelage', 'tutelage-small', 'tutelage']
     """
