@@ -14,7 +14,7 @@ from tutelage.records import Batch
 from tutelage.records import Document as Placed
 from tutelage.store import Silent
 
-SMALL_PASS = 512
+SMALL_PASS = 768
 """Tokens of a pass where memory counts more than speed."""
 VERSIONS = ("tutelage", "transformers", "torch")
 

@@ -12,7 +12,7 @@ Every side gets the same token ids and the same trained tokens, which is checked
 same held-out tokens by the same plain code in float32. Packed sides take rows of 2,048; padded and grouped ones take 8 documents
 a forward pass (`trl-grouped@4` takes 4) and about as many documents a step as ours holds. Imports, loading, compiling, a short
 warm-up and, of several steps, the first stand outside the clocks. Memory is the process's own high-water mark; `tutelage-small`
-takes passes of 512 tokens, and stands beside those peers that need less memory than our usual passes.
+takes passes of 768 tokens, and stands beside those peers that need less memory than our usual passes.
 
     --precision bf16       weights, gradients and optimizer states in bfloat16 on every side (ours: a benchmark's construction,
                                as the library keeps float32 weights behind narrow ones)
