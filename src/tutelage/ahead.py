@@ -20,11 +20,11 @@ from typing import NoReturn
 
 import pyarrow as pa
 
+from tutelage.allocator import keep_memory
 from tutelage.store import Progress
 
 Job = Callable[[Progress], None]
 _PR_SET_PDEATHSIG = 1
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def num_processes() -> int:
@@ -233,10 +233,7 @@ def _keep_memory() -> None:
     Arrow's own pools give theirs back, so it takes what it needs from the C library too.
     """
     pa.set_memory_pool(pa.system_memory_pool())
-    with contextlib.suppress(AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+    keep_memory()
 
 
 def _die_with(parent: int) -> None:

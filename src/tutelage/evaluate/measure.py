@@ -73,7 +73,7 @@ class Measure:
     def __call__(self, model: Any, step: int) -> Measurement:
         """The measurement of `model` after `step` steps."""
         with undisturbed(model):
-            scores = [*self._losses(model, self.held_out), *self.train_scores(model)]
+            scores = [*self._losses(model, self.held_out, on_progress=self.on_progress), *self.train_scores(model)]
             samples, copied = self._samples(model)
         scores = [replace(score, run=self.run, step=step) for score in [*scores, *score_samples(samples), *copied]]
         loss = next((s.value for s in scores if s.metric == "nll" and not s.item and not s.task), float("nan"))
@@ -88,10 +88,11 @@ class Measure:
         """`train_nll` per task and over all: the loss on training records, measured like the held-out ones."""
         if self.trained is None or not len(self.trained):
             return []
-        return [replace(score, metric="train_nll") for score in self._losses(model, self.trained) if not score.item]
+        scores = self._losses(model, self.trained, on_progress=None)  # the bar counts held-out tokens
+        return [replace(score, metric="train_nll") for score in scores if not score.item]
 
-    def _losses(self, model: Any, records: HeldOut) -> list[Score]:
-        more: dict[str, Any] = {"batch_tokens": self.batch_tokens, "on_progress": self.on_progress, "world": self.world}
+    def _losses(self, model: Any, records: HeldOut, *, on_progress: Callable[[int], None] | None) -> list[Score]:
+        more: dict[str, Any] = {"batch_tokens": self.batch_tokens, "on_progress": on_progress, "world": self.world}
         return evaluate_model(model, records, seed=self.seed, **more)
 
     def _samples(self, model: Any) -> tuple[list[Sample], list[Score]]:
