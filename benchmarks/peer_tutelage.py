@@ -135,7 +135,7 @@ def import_all() -> None:
             import_module(name)
     import_module("numba.core.entrypoints").init_all()
     import_module("tutelage.render.kernels").load_kernels()
-    import_module("tutelage.sources.keys")._normalised_compiled(b"a", ["a"])
+    import_module("tutelage.sources.keys").load_kernels()
 
 
 def _told(rendered: dict[str, Any], made: dict[str, Any], capacity: int) -> dict[str, Any]:

@@ -152,3 +152,25 @@ def test_an_error_in_a_child_is_told_by_the_parent(tmp_path, monkeypatch):
     broken = load_recipe(path, overrides=["render.template=bad.jinja"])
     with pytest.raises(TutelageError, match="not valid Jinja"):
         _prepared(broken, tmp_path / "bad", monkeypatch, processes=2)
+
+
+@pytest.mark.parametrize("is_opened_meanwhile", [False, True])
+def test_jobs_that_follow_begin_when_the_ones_before_them_have_ended(tmp_path, is_opened_meanwhile):
+    """Kills one that follows too early, one that is left over, and new children where the old ones could go on."""
+
+    def first(number):
+        return lambda told: (tmp_path / f"first {number}").write_text(str(os.getpid()))
+
+    def following(number):
+        def work(told):
+            assert (tmp_path / f"first {number}").exists()
+            (tmp_path / f"then {number}").write_text(str(os.getpid()))
+
+        return work
+
+    heard, more = _Heard(), {"meanwhile": lambda: None} if is_opened_meanwhile else {}
+    do_ahead([first(n) for n in range(9)], processes=2, progress=heard, then=[following(n) for n in range(9)], **more)
+    of = {kind: {path.read_text() for path in tmp_path.glob(f"{kind} *")} for kind in ("first", "then")}
+    assert len(list(tmp_path.iterdir())) == heard.ended == 18
+    assert of["then"].isdisjoint(of["first"]) if is_opened_meanwhile else of["then"] <= of["first"] | of["then"]
+    assert len(of["first"] | of["then"]) <= (4 if is_opened_meanwhile else 2)

@@ -77,6 +77,21 @@ def test_turns_read_in_batches_are_the_turns_written(
     assert rows == len(records)
 
 
+def test_texts_that_were_read_are_let_go(tmp_path: Path) -> None:
+    """Kills a reader that keeps all that it has read of a file: here ten row groups of two megabytes."""
+    columns = ConversationColumns()
+    for line in range(1, 201):
+        turns = (Turn("user", "q"), Turn("assistant", f"{line % 10}" * 100_000))
+        columns.append(Conversation(Origin("s", "f", line), turns, "t", "MIT", "human", None, b"c" * 16, b"p" * 16))
+    path = tmp_path / "conversations.parquet"
+    pq.write_table(columns.table(), path, row_group_size=20, compression="none", use_dictionary=False)
+    del columns
+    before, most = pa.total_allocated_bytes(), 0
+    for _ in read_turns(path, batch_rows=20):
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert 2e6 < most < 8e6
+
+
 def test_the_first_batch_is_given_before_later_row_groups_are_read(tmp_path: Path) -> None:
     """Kills a reader that holds the whole file: here its second half cannot be read."""
     columns = ConversationColumns()

@@ -65,28 +65,30 @@ def do_ahead(
 ) -> None:
     """Does the jobs, so many at a time, in their order. Returns when all have ended, whatever became of them.
 
-    `then` are jobs that follow: the i-th when the i-th of `jobs` has ended, in children that are forked when `meanwhile` is over,
-    which this process does beside the first ones. Children take numbers of jobs from a pipe, so each goes on as long as there is
-    work, and opens nothing twice.
+    `then` are jobs that follow: the i-th when the i-th of `jobs` has ended. Children take numbers of jobs from a pipe, so each
+    goes on as long as there is work, and opens nothing twice. With `meanwhile`, which this process does beside the first jobs,
+    those that follow are done by children that are forked when it is over; else by the same ones, whose memory is warm.
     """
     children, ready = _Children(progress), list[int]()
     first, following = _Tickets(), _Tickets()
+    num_idle = 0
+
+    def is_idle(_: int = 0) -> None:
+        nonlocal num_idle
+        num_idle += 1
+
+    one, two = _Phase(jobs, first, ready.append), _Phase(then, following, is_idle)
     try:
         first.issue(range(len(jobs)))
         first.close()
         for _ in range(min(processes, len(jobs))):
-            children.start(jobs, first, ended=ready.append)
+            children.start([one] if meanwhile is not None or not then else [one, two], is_idle)
+        num_more = min(processes, len(then)) if meanwhile is not None or not jobs else 0
         if meanwhile is not None:
             meanwhile()
-        num_more, num_idle = min(processes, len(then)), 0
-
-        def is_idle(_: int) -> None:
-            nonlocal num_idle
-            num_idle += 1
-
         while children or num_more:
             while num_more and len(children) < processes:
-                children.start(then, following, ended=is_idle)
+                children.start([two], is_idle)
                 num_more, num_idle = num_more - 1, num_idle + 1
             while ready and num_idle:
                 following.issue([min(ready)])  # the first of them, not the one that was ready first
@@ -127,6 +129,15 @@ class _Tickets:
         os.close(self._take)
 
 
+@dataclass(frozen=True)
+class _Phase:
+    """Jobs that a child does by their tickets, and what is called here with the number of each that has ended."""
+
+    jobs: Sequence[Job]
+    tickets: _Tickets
+    ended: Callable[[int], None]
+
+
 class _Children:
     """The children at work, and what they say: notes, and the number of each job that has ended."""
 
@@ -140,10 +151,10 @@ class _Children:
 
     def at_work(self, jobs: Sequence[Job]) -> bool:
         """Whether a child does these jobs."""
-        return any(child.jobs is jobs for child in self._by_pipe.values())
+        return any(child.phases[0].jobs is jobs for child in self._by_pipe.values())
 
-    def start(self, jobs: Sequence[Job], tickets: _Tickets, *, ended: Callable[[int], None]) -> None:
-        """A child that does jobs by their tickets; `ended` is called here with the number of each that has ended."""
+    def start(self, phases: Sequence[_Phase], moved: Callable[[], None]) -> None:
+        """A child that does one phase after the other; `moved` is called here when it begins with another."""
         here, there = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -151,9 +162,9 @@ class _Children:
         pid = os.fork()
         if not pid:
             os.close(here)
-            _work(jobs, tickets, there, parent)
+            _work(phases, there, parent)
         os.close(there)
-        self._by_pipe[here] = _Child(pid, here, jobs, ended)
+        self._by_pipe[here] = _Child(pid, here, list(phases), moved)
         self._selector.register(here, selectors.EVENT_READ)
 
     def listen(self) -> None:
@@ -180,16 +191,16 @@ class _Children:
 
 @dataclass
 class _Child:
-    """A forked process, the pipe that it speaks through, the jobs that it does and whom to tell of their ends."""
+    """A forked process, the pipe that it speaks through, what it does now and then, and whom to tell when it goes over."""
 
     pid: int
     pipe: int
-    jobs: Sequence[Job]
-    ended: Callable[[int], None]
+    phases: list[_Phase]
+    moved: Callable[[], None]
     said: bytearray = field(default_factory=bytearray)
 
     def listen(self, progress: Progress) -> bool:
-        """Passes on what is said: texts are notes, numbers jobs that have ended. False when the child has."""
+        """Passes on what is said: texts are notes, numbers jobs that have ended, null a phase. False when the child has ended."""
         heard = os.read(self.pipe, 1 << 16)
         self.said += heard
         *lines, rest = bytes(self.said).split(b"\n")
@@ -198,25 +209,32 @@ class _Child:
             said = json.loads(line)
             if isinstance(said, str):
                 progress.note(said)
-                continue
-            progress.advance(1)
-            self.ended(said)
+            elif said is None:
+                self.phases = self.phases[1:]
+                self.moved()
+            else:
+                progress.advance(1)
+                self.phases[0].ended(said)
         return bool(heard)
 
 
-def _work(jobs: Sequence[Job], tickets: _Tickets, there: int, parent: int) -> NoReturn:
+def _work(phases: Sequence[_Phase], there: int, parent: int) -> NoReturn:
     """What a child does, to its end."""
     try:
-        tickets.close()  # only the parent's issuing counts
+        for phase in phases:
+            phase.tickets.close()  # only the parent's issuing counts
         _die_with(parent)
         _keep_memory()
         gc.freeze()  # what the parent made is not looked through again and again
         gc.set_threshold(_COLLECT_AFTER)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are the parent's
-        while (number := tickets.take()) is not None:
-            with contextlib.suppress(Exception):  # the parent meets it again when it does the work itself
-                jobs[number](_Told(there))
-            os.write(there, f"{number}\n".encode())
+        for phase in phases:
+            if phase is not phases[0]:
+                os.write(there, b"null\n")
+            while (number := phase.tickets.take()) is not None:
+                with contextlib.suppress(Exception):  # the parent meets it again when it does the work itself
+                    phase.jobs[number](_Told(there))
+                os.write(there, f"{number}\n".encode())
     finally:
         os._exit(0)  # no exit handlers, no buffers: those are the parent's
 

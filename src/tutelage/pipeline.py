@@ -47,7 +47,7 @@ from tutelage.plan.stage import PlanInputs, plan_stage
 from tutelage.plan.weights import kind_table, weigh_tokens
 from tutelage.recipe import Recipe, RecipeFile, resolved_text
 from tutelage.records import Batch, Float32, Kind, Rendered
-from tutelage.render.stage import render_stage, rerender_stage, warm_up
+from tutelage.render.stage import is_open, render_stage, rerender_stage, warm_up
 from tutelage.report.stage import report_stage
 from tutelage.sources.stage import check_bad_share, read_stage, split_stage
 from tutelage.store import Artefact, Progress, Silent, Stage, Store, write_atomic
@@ -386,9 +386,16 @@ def _build_sources_ahead(pipeline: Pipeline, labels: Sequence[str], progress: Pr
         processes=processes,
         progress=progress,
         then=jobs(RENDERING),
-        meanwhile=lambda: _open_tokenizer_ahead(pipeline, missing, progress),
+        meanwhile=None if _is_tokenizer_open(pipeline) else lambda: _open_tokenizer_ahead(pipeline, missing, progress),
     )
     return {label for label in absent if pipeline.store.find(pipeline.stages[label]) is not None}
+
+
+def _is_tokenizer_open(pipeline: Pipeline) -> bool:
+    """Whether this process has opened the recipe's tokenizer and proved its engine before."""
+    stage = next((stage for stage in pipeline.stages.values() if stage.name == "tokenizer"), None)
+    found = None if stage is None else pipeline.store.find(stage)
+    return found is not None and is_open(found.path)
 
 
 def _open_tokenizer_ahead(pipeline: Pipeline, missing: Sequence[str], progress: Progress) -> None:

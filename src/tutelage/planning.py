@@ -32,6 +32,7 @@ from tutelage.tables import (
     ConversationColumns,
     Conversations,
     apply_rewrites,
+    in_pieces,
     read_rewrites,
     read_table,
     write_table,
@@ -255,7 +256,7 @@ def _is_eligible(source: str, done: Mapping[str, Artefact], *, num_records: int)
 def _sizes(path: Path) -> tuple[np.ndarray, Int64]:
     """The task of each record, and the bytes of its texts."""
     tasks, lengths = [], []
-    for batch in pq.ParquetFile(path).iter_batches(_BATCH_ROWS, columns=["task", "turns"]):
+    for batch in in_pieces(path).iter_batches(_BATCH_ROWS, columns=["task", "turns"]):
         turns, offsets = batch["turns"].flatten(), batch["turns"].offsets.to_numpy().astype(np.int64)
         size = np.zeros(len(turns), np.int64)
         for name in ("content", "reasoning", "tool_calls"):
@@ -281,7 +282,7 @@ def _texts(read: Artefact, source: str, rows: Int64, rewrite: Artefact | None) -
 def _taken(path: Path, rows: Int64) -> Iterator[pa.Table]:
     """The lines of a Parquet file at these sorted positions, a batch at a time."""
     first = 0
-    for batch in pq.ParquetFile(path).iter_batches(_BATCH_ROWS):
+    for batch in in_pieces(path).iter_batches(_BATCH_ROWS):
         here = rows[np.searchsorted(rows, first) : np.searchsorted(rows, first + batch.num_rows)]
         if len(here):
             yield pa.table(batch).take(pa.array(here - first))

@@ -433,10 +433,15 @@ class TurnColumns:
         return np.concatenate([[0], np.cumsum(self.num_turns, dtype=np.int64)])
 
 
+def in_pieces(source: Any) -> pq.ParquetFile:
+    """A Parquet file to be read a piece at a time: unless it is told, Arrow keeps all pieces of a file that it has read."""
+    return pq.ParquetFile(source, pre_buffer=False)
+
+
 def read_turns(path: Path, *, batch_rows: int = 4096) -> Iterator[TurnColumns]:
     """The turns of a `conversations.parquet`, at most `batch_rows` records at a time, without an object per record."""
     first_row = 0
-    for batch in pq.ParquetFile(path).iter_batches(batch_rows, columns=["task", "tools", "turns"]):
+    for batch in in_pieces(path).iter_batches(batch_rows, columns=["task", "tools", "turns"]):
         turns = dict(zip(TURN.names, batch["turns"].flatten().flatten(), strict=True))
         role = pc.index_in(turns["role"], value_set=pa.array(ROLES))
         assert not role.null_count, "a turn has one of the roles in records.ROLES"
@@ -471,7 +476,7 @@ def records_at(
     """Records of a `conversations.parquet` by position; only these columns, of the row groups that hold them, are read."""
     out: dict[int, dict[str, Any]] = {}
     wanted = np.unique(np.array(rows, np.int64))
-    file, first = pq.ParquetFile(path), 0
+    file, first = in_pieces(path), 0
     for group in range(file.metadata.num_row_groups):
         end = first + file.metadata.row_group(group).num_rows
         here = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, end)]

@@ -16,16 +16,17 @@ from tutelage.compiled import kernel
 from tutelage.errors import TemplateError
 from tutelage.records import LEARNED_KINDS, Kind, Turn
 from tutelage.render import groups
+from tutelage.render.engines import Texts
 from tutelage.render.examples import Renderer
 from tutelage.render.finish import Block
-from tutelage.render.forms import EVERY, columns_of
+from tutelage.render.forms import columns_of
 from tutelage.render.groups import Letters, arrow_texts, lay_together
-from tutelage.render.kernels import copy_stretches, count_learned, label_cells, trim
+from tutelage.render.kernels import copy_stretches, count_learned, find_ids, label_cells, trim
 from tutelage.render.sheet import Sheet, sheet_of
 from tutelage.render.skeleton import Edit
 from tutelage.render.spec import RenderSpec
 from tutelage.render.stage import num_learned
-from tutelage.render.tokens import Encoded, label_arrays, priorities
+from tutelage.render.tokens import ByteTable, Encoded, _walk_arrays, _walk_compiled, label_arrays, priorities
 
 SPACES = [chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()]
 TEXTS = st.lists(st.sampled_from([*"ab", "é", "☃", "\u200b", "</think>", "<|im_end|>", *SPACES]), max_size=5).map("".join)
@@ -93,6 +94,7 @@ def test_the_first_record_of_a_form_and_one_in_so_many_are_rendered_too(monkeypa
     """Kills skeletons that are trusted without proof."""
     renderer = _renderer(CHATML)
     checked = []
+    monkeypatch.setattr(groups, "EVERY", 512)
     check = renderer._layer.check
     monkeypatch.setattr(
         renderer._layer,
@@ -102,7 +104,7 @@ def test_the_first_record_of_a_form_and_one_in_so_many_are_rendered_too(monkeypa
     chats = [talk(("user", f"q{i}"), ("assistant", f"a{i}")) for i in range(300)]
     for _ in range(4):
         renderer.lay(columns_of(chats))
-    assert checked == [[0, 1], [2 * (EVERY - 300), 2 * (EVERY - 300) + 1], [2 * (2 * EVERY - 900), 2 * (2 * EVERY - 900) + 1]]
+    assert checked == [[0, 1], [2 * (512 - 300), 2 * (512 - 300) + 1], [2 * (1024 - 900), 2 * (1024 - 900) + 1]]
 
 
 def test_a_skeleton_that_differs_from_its_template_stops_everything(monkeypatch):
@@ -228,3 +230,42 @@ def test_kernels_do_what_their_loops_say():
         how(kinds, turns, np.arange(41) * 100, np.arange(41) * 2, weights, is_learned, counts[-1])
     assert counts[0].tolist() == counts[1].tolist()
     assert counts[0].sum() > 0
+
+    ids, is_special = rng.integers(0, 50, 4_000).astype(np.int32), np.isin(np.arange(50), [7, 9, 30])
+    expected = np.flatnonzero(is_special[ids])
+    for how in (find_ids, kernel(find_ids)):
+        places = np.zeros(100, np.int64)
+        assert how(ids, 7, 30, is_special, places) == len(expected) > 100  # more than there is room for
+        assert places.tolist() == expected[:100].tolist()
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), max_size=9), st.booleans(), st.booleans())
+@settings(max_examples=200)
+def test_walking_over_tokens_is_the_same_by_loops_and_by_arrays(chosen, is_cut, is_other):
+    """Kills a token compared with fewer bytes than it has, one that reads on behind its text, and lengths cut to a byte."""
+    words = [
+        b"a",
+        b"bc",
+        b"12345678",
+        b"123456789",
+        b"0123456789abcdef",
+        b"0123456789abcdefg",
+        b"x" * 254,
+        b"y" * 255,
+        b"z" * 700,
+    ]
+    table = ByteTable([*words, b""], np.array([*map(len, words), 0]), np.zeros(10, bool), False)
+    ids = np.array([i for i, _ in chosen], np.int32)
+    texts = [words[i].decode() if i < 9 else "" for i in ids.tolist()]
+    if texts and is_cut:
+        texts[-1] = texts[-1][:-1]
+    if texts and is_other:
+        texts[len(texts) // 2] = texts[len(texts) // 2][:-1] + "!"
+    half = len(ids) // 2
+    batch = Texts.of(["".join(texts[:half]), "".join(texts[half:])])
+    first = np.array([0, half, len(ids)])
+    starts, ends, is_proved = _walk_arrays(ids, first, table, batch)
+    again = _walk_compiled(ids, first, table, batch)
+    assert again[2].tolist() == is_proved.tolist()
+    if is_proved.all():
+        assert (again[0].tolist(), again[1].tolist()) == (starts.tolist(), ends.tolist())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -19,7 +20,7 @@ from tutelage.records import Dropped
 from tutelage.sources import gather, keys
 from tutelage.sources.chat import MORE_FIELDS
 from tutelage.sources.gather import DroppedWriter, Gatherer, GroupWriter, Labels
-from tutelage.sources.keys import ROLE_OF_LETTER, content_key, keys_of_all, normalise, prompt_key
+from tutelage.sources.keys import ROLE_OF_LETTER, content_key, encoded, keys_of_all, normalise, prompt_key
 from tutelage.sources.parse import parse, parse_all
 from tutelage.sources.reasons import Malformed
 from tutelage.sources.scan import Block
@@ -328,10 +329,12 @@ def test_keys_of_many_are_those_of_each(records: list[tuple[str, list[str]]]) ->
     """Kills a quick normal form that differs from the slow one, a form filled from the wrong record, and a cut at the wrong place."""
     orders = [order for order, _ in records]
     contents = [text for order, texts in records for text in texts[: len(order)]]
-    found = keys_of_all(orders, contents)
-    for index, (order, texts) in enumerate(records):
-        turns = [(ROLE_OF_LETTER[letter], text, None, None, None, None, None) for letter, text in zip(order, texts, strict=False)]
-        assert (found[0][index], found[1][index]) == (content_key(turns, None), prompt_key(turns))
+    for worth_compiling in (0, 1 << 20):
+        with mock.patch.object(keys, "_WORTH_COMPILING", worth_compiling):
+            found = keys_of_all(orders, encoded(contents))
+        for index, (order, texts) in enumerate(records):
+            turns = [(ROLE_OF_LETTER[role], text, None, None, None, None, None) for role, text in zip(order, texts, strict=False)]
+            assert (found[0][index], found[1][index]) == (content_key(turns, None), prompt_key(turns))
 
 
 def test_no_character_that_joins_the_one_before_is_folded_alone() -> None:
@@ -345,7 +348,7 @@ def test_no_character_that_joins_the_one_before_is_folded_alone() -> None:
     ]
     texts += [chr(code) for code in range(0x80, 0x3000)]
     requests = [f"x{text}y{text}" for text in texts]
-    _, found = keys_of_all(["ua"] * len(requests), [text for request in requests for text in (request, "a")])
+    _, found = keys_of_all(["ua"] * len(requests), encoded([text for request in requests for text in (request, "a")]))
     assert found == [prompt_key([("user", request, None, None, None, None, None)]) for request in requests]
 
 
@@ -360,11 +363,10 @@ def test_what_fails_while_a_group_is_written_stops_the_reading(tmp_path: Path) -
 
 
 @given(st.lists(st.text(st.sampled_from([*"aB ?!.\t\n\x1c", "é", "\u2003", "ß"]), max_size=9), min_size=1, max_size=9))
-def test_requests_are_folded_alike_by_the_loop_and_by_arrays(texts: list[str]) -> None:
+def test_requests_are_folded_alike_by_the_loop_and_one_by_one(texts: list[str]) -> None:
     """Kills a loop that collapses across texts, trims letters, or leaves nothing of a text that is all punctuation."""
-    folded = [text if text.isascii() else None if "é" in text else keys._fold(text) for text in texts]
-    joined = "\0".join(text or "" for text in folded).encode()
-    expected = keys._normalised(joined, folded)
-    assert keys._normalised_compiled(joined, folded) == expected
-    for text, found in zip(texts, expected, strict=True):
-        assert not text.isascii() or found == normalise(text).encode()
+    data, borders = "".join(texts).encode(), np.cumsum([0, *(len(text.encode()) for text in texts)]).astype(np.int32)
+    out, first, last, is_ascii = keys._collapsed(np.frombuffer(data, np.uint8), borders[:-1], borders[1:])
+    assert is_ascii.tolist() == [text.isascii() for text in texts]
+    for text, a, b in zip(texts, first.tolist(), last.tolist(), strict=True):
+        assert not text.isascii() or out[a:b].tobytes() == normalise(text).encode()

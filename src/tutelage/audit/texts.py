@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tutelage.records import Int64
+from tutelage.tables import in_pieces
 
 Bools = NDArray[np.bool_]
 
@@ -64,7 +65,7 @@ def scan_turns(path: Path, *, batch_rows: int = 8192) -> tuple[Bools, Bools]:
     """
     wanted = [f"turns.list.element.{name}" for name in ("role", "content", "weight")]
     scanned = [(np.zeros(0, bool), np.zeros(0, bool))]
-    for batch in pq.ParquetFile(path).iter_batches(batch_rows, columns=wanted):
+    for batch in in_pieces(path).iter_batches(batch_rows, columns=wanted):
         turns = batch["turns"].flatten()
         record = np.repeat(np.arange(batch.num_rows), np.diff(batch["turns"].offsets.to_numpy()))
         role = turns.field("role").cast(pa.string())

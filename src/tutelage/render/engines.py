@@ -29,7 +29,7 @@ from tutelage.render.tokenizer import OpenTokenizer
 CHUNK_TEXTS = 4096
 """Texts per call of `tokenizers`: fewer leave cores idle, more cost memory and time."""
 CHECKED_PER_BATCH = 4
-_SAMPLE, _SAMPLE_BYTES = 64, 16_000
+_SAMPLE, _SAMPLE_BYTES = 64, 8_000
 """Texts of every source that are compared with the reference, and about how many bytes of them; 8 texts at least."""
 
 
@@ -103,7 +103,7 @@ class Gigatoken:
         content = NumpyArray(np.frombuffer(data, np.uint8), parameters={"__array__": "byte"})
         array = ListOffsetArray(awkward.index.Index64(offsets), content, parameters={"__array__": "bytestring"})
         made = self._fast.encode_batch(awkward.Array(array)).layout.to_packed()
-        return np.asarray(made.content.data).astype(np.int32), np.diff(np.asarray(made.offsets.data)).astype(np.int64)
+        return np.asarray(made.content.data).view(np.int32), np.diff(np.asarray(made.offsets.data)).astype(np.int64)
 
     def _mended(self, batch: Texts, ids: Int32, counts: Int64, doubtful: np.ndarray) -> tuple[Int32, Int64]:
         """The result with the doubtful texts, and those with an id that the vocabulary has not, done by the reference."""

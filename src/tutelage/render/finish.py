@@ -330,17 +330,22 @@ def _empty_block() -> Block:
 
 def _kept(block: Block, keep: np.ndarray) -> Block:
     """The examples of a block that stay."""
-    tokens, turns = np.repeat(keep, block.num_tokens), np.repeat(keep, block.num_turns)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], keep, [False]]))).reshape(-1, 2)
+
+    def kept(flat: np.ndarray, lengths: Int64) -> np.ndarray:
+        """The runs of examples that stay, copied as they lie."""
+        return np.concatenate([flat[:0], *(flat[a:b] for a, b in _offsets(lengths)[edges].tolist())])
+
     return Block(
         block.records[keep],
         block.parts[keep],
         block.flags[keep],
         block.num_tokens[keep],
         block.num_turns[keep],
-        block.ids[tokens],
-        block.kinds[tokens],
-        block.turns[tokens],
-        block.turn_weights[turns],
+        kept(block.ids, block.num_tokens),
+        kept(block.kinds, block.num_tokens),
+        kept(block.turns, block.num_tokens),
+        kept(block.turn_weights, block.num_turns),
     )
 
 

@@ -22,7 +22,7 @@ from tutelage.render.skeleton import Skeleton, make_skeleton, symbolic
 from tutelage.render.template import ChatTemplate
 from tutelage.tables import TurnColumns
 
-EVERY = 512
+EVERY = 2048
 """One in so many filled skeletons is rendered and traced too."""
 EMPTY_SYSTEM = -1
 """In place of a turn's number: an empty system turn of ours."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from tutelage.compiled import kernel
-from tutelage.records import Float32, Int64, UInt8
+from tutelage.records import Float32, Int32, Int64, UInt8
 
 WORD = 8
+PADDING = 2 * WORD
+"""Zeros behind texts, so that a token's 16 bytes can be read anywhere."""
 WORTH_COMPILING = 100_000
 """Tokens from which a kernel is worth being compiled, or read from disk."""
 
@@ -23,9 +25,20 @@ def load_kernels() -> None:
     words = np.ndarray((len(padded) - WORD + 1,), "<u8", padded.tobytes(), strides=(1,))
     ids = np.zeros(1, np.int32)
     frozen = np.frombuffer(b"a", np.uint8)
-    kernel(walk)(ids, edges, word, word, frozen, edges, np.frombuffer(padded.tobytes(), np.uint8), words, edges, one, one, flag)
+    text = np.frombuffer(padded.tobytes(), np.uint8)
+    kernel(walk)(ids, edges, byte, word, word, frozen, edges, text, words, edges, one, one, flag)
     kernel(label_cells)(none, none, one, byte, turn, byte, byte.copy(), turn.copy(), none, one.copy())
     kernel(count_learned)(none.astype(np.uint8), turn[:0], none, none, np.zeros(0, np.float32), np.uint32(0), none)
+    kernel(find_ids)(ids, 0, 0, flag, one)
+    _loaded.append(True)
+
+
+_loaded: list[bool] = []
+
+
+def is_worth_a_kernel(num_tokens: int) -> bool:
+    """Whether a kernel does so many tokens sooner than array operations: always, once they are loaded."""
+    return bool(_loaded) or num_tokens > WORTH_COMPILING
 
 
 def copy_stretches(source: UInt8, starts: Int64, lengths: Int64, out: UInt8) -> None:
@@ -33,8 +46,7 @@ def copy_stretches(source: UInt8, starts: Int64, lengths: Int64, out: UInt8) -> 
     at = 0
     for i in range(len(starts)):
         start, length = starts[i], lengths[i]
-        for k in range(length):
-            out[at + k] = source[start + k]
+        out[at : at + length] = source[start : start + length]
         at += length
 
 
@@ -84,6 +96,7 @@ def trim(  # noqa: C901 - a kernel takes arrays, not objects
 def walk(  # noqa: PLR0913 - a kernel takes arrays, not objects
     ids: np.ndarray,
     first: Int64,
+    lengths: UInt8,
     near: np.ndarray,
     far: np.ndarray,
     flat: UInt8,
@@ -97,30 +110,33 @@ def walk(  # noqa: PLR0913 - a kernel takes arrays, not objects
 ) -> None:
     """Byte positions of all tokens, and which examples they spell: `near` and `far` are bytes 0-7 and 8-15 of every token.
 
-    Eight bytes are compared at a time. See `tokens.ByteTable` and `tokens._walk_arrays`.
+    Eight bytes are compared at a time, and most tokens need one look; `lengths` end at 255, so that they stay in the cache.
+    See `tokens.ByteTable` and `tokens._walk_arrays`.
     """
     full = np.uint64(0xFFFFFFFFFFFFFFFF)
     for example in range(len(offsets) - 1):
         at, until = offsets[example], offsets[example + 1]
-        is_same = True
-        for token in range(first[example], first[example + 1]):
-            i = ids[token]
-            begin = begins[i]
-            length = begins[i + 1] - begin
-            starts[token] = at
-            is_same = is_same and at + length <= until
-            if is_same and length > 0:
-                mask = full if length >= WORD else full >> np.uint64(64 - 8 * length)
-                is_same = (words[at] & mask) == near[i]
+        # slices count from 0, so that no index is looked at for being negative
+        here = slice(first[example], first[example + 1])
+        own, own_starts, own_ends = ids[here], starts[here], ends[here]
+        differs = np.uint64(0)
+        for token in range(len(own)):
+            i = np.uint32(own[token])
+            length: int = lengths[i]
+            if length == 255:
+                length = begins[i + 1] - begins[i]
+            own_starts[token] = at
+            if at + length > until:
+                differs = full
+            if differs == 0 and length > 0:
+                differs = near[i] ^ (words[at] & (full >> np.uint64(64 - 8 * min(length, WORD))))
                 if length > WORD:
-                    rest = length - WORD
-                    mask = full if rest >= WORD else full >> np.uint64(64 - 8 * rest)
-                    is_same = is_same and (words[at + WORD] & mask) == far[i]
+                    differs |= far[i] ^ (words[at + WORD] & (full >> np.uint64(64 - 8 * min(length - WORD, WORD))))
                 for k in range(2 * WORD, length):
-                    is_same = is_same and data[at + k] == flat[begin + k]
+                    differs |= np.uint64(data[at + k] != flat[begins[i] + k])
             at += length
-            ends[token] = at
-        is_proved[example] = is_same and at == until
+            own_ends[token] = at
+        is_proved[example] = differs == 0 and at == until
 
 
 def label_cells(  # noqa: PLR0913 - a kernel takes arrays, not objects
@@ -153,6 +169,18 @@ def label_cells(  # noqa: PLR0913 - a kernel takes arrays, not objects
         tokens_per_cell[chosen] += 1
 
 
+def find_ids(ids: Int32, low: int, high: int, wanted: np.ndarray, out: Int64) -> int:
+    """How many ids are `wanted` (a flag per id, none outside `low` to `high`), their places in `out` as far as it reaches."""
+    count = 0
+    for i in range(len(ids)):
+        one = ids[i]
+        if low <= one <= high and wanted[one]:
+            if count < len(out):
+                out[count] = i
+            count += 1
+    return count
+
+
 def count_learned(
     kinds: UInt8,
     turns: np.ndarray,
@@ -167,15 +195,18 @@ def count_learned(
     Bit k of `learned` is set for a kind k that models write.
     """
     for example in range(len(counts)):
-        first, last = token_offsets[example] + 1, token_offsets[example + 1]
+        here = slice(token_offsets[example] + 1, token_offsets[example + 1])  # counts from 0: no index can be negative
+        own_kinds, own_turns = kinds[here], turns[here]
         weights = turn_weights[turn_offsets[example] : turn_offsets[example + 1]]
-        number = 0
+        number = np.int32(0)
         if len(weights) and weights.min() > 0:
-            for token in range(first, last):
-                number += ((learned >> kinds[token]) & 1) | ((kinds[token] == 0) & (turns[token] >= 0))
+            for token in range(len(own_kinds)):
+                kind = np.uint32(own_kinds[token])
+                number += np.int32(((learned >> kind) & np.uint32(1)) | (np.uint32(kind == 0) & np.uint32(own_turns[token] >= 0)))
         else:
-            for token in range(first, last):
-                is_written = ((learned >> kinds[token]) & 1) | ((kinds[token] == 0) & (turns[token] >= 0))
-                if is_written and (turns[token] < 0 or weights[turns[token]] > 0):
-                    number += 1
+            for token in range(len(own_kinds)):
+                kind, turn = np.uint32(own_kinds[token]), own_turns[token]
+                is_written = ((learned >> kind) & np.uint32(1)) | (np.uint32(kind == 0) & np.uint32(turn >= 0))
+                if is_written and (turn < 0 or weights[turn] > 0):
+                    number += np.int32(1)
         counts[example] = number

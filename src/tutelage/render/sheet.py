@@ -13,7 +13,7 @@ from tutelage.compiled import kernel
 from tutelage.records import Int32, Int64, UInt8
 from tutelage.render.engines import Texts
 from tutelage.render.forms import WHOLE, Form, Job, Laid
-from tutelage.render.kernels import copy_stretches
+from tutelage.render.kernels import PADDING, copy_stretches, is_worth_a_kernel
 from tutelage.render.provenance import Refusal
 
 
@@ -81,8 +81,8 @@ class Cut:
     def joined(self, *, jobs: list[Job] | None = None, refusals: Sequence[tuple[int, Job, Refusal]] = ()) -> Sheet:
         """The sheet of these cells."""
         ends = np.cumsum(self.lengths, dtype=np.int64)
-        out = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
-        (kernel(copy_stretches) if len(out) > _WORTH_COMPILING else _copy)(self.source, self.starts, self.lengths, out)
+        out = np.zeros(PADDING + (int(ends[-1]) if len(ends) else 0), np.uint8)
+        (kernel(copy_stretches) if is_worth_a_kernel(len(out)) else _copy)(self.source, self.starts, self.lengths, out)
         data, borders = out.tobytes(), np.concatenate([[0], ends])[self.offsets]
         texts = Texts(Decoded(data, borders), data, borders)
         return Sheet(
@@ -137,9 +137,6 @@ def sheet_of(laid: Laid) -> Sheet:
 
 def _concatenated(arrays: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.zeros(0, dtype)
-
-
-_WORTH_COMPILING = 1 << 18
 
 
 def _copy(source: UInt8, starts: Int64, lengths: Int64, out: UInt8) -> None:

@@ -24,7 +24,7 @@ from tutelage.render.engines import EngineDiffers
 from tutelage.render.examples import Renderer
 from tutelage.render.finish import Block
 from tutelage.render.forms import columns_of
-from tutelage.render.kernels import WORTH_COMPILING, count_learned, load_kernels
+from tutelage.render.kernels import count_learned, is_worth_a_kernel, load_kernels
 from tutelage.render.provenance import Refusal
 from tutelage.render.sheet import Sheet
 from tutelage.render.spec import RenderSpec
@@ -140,6 +140,15 @@ def warm_up(tokenizer: Path, *, spec: RenderSpec, base: Path) -> None:
     """Opens a tokenizer artefact, proves its engine and learns its template, so that processes forked from here need not."""
     Renderer(_opened(tokenizer), spec, template=read_template(spec.template, base=base)).describe()
     load_kernels()
+    _warm.add(tokenizer)
+
+
+_warm: set[Path] = set()
+
+
+def is_open(tokenizer: Path) -> bool:
+    """Whether `warm_up` has had this artefact."""
+    return tokenizer in _warm
 
 
 @lru_cache(maxsize=2)
@@ -262,7 +271,7 @@ def num_learned(block: Block) -> Int64:
     """Per example: tokens that a model writes (marks too), in turns that are to be learned; the first token is no target."""
     counts = np.zeros(len(block), np.int64)
     tokens, turns = (np.concatenate([[0], np.cumsum(each, dtype=np.int64)]) for each in (block.num_tokens, block.num_turns))
-    how = kernel(count_learned) if len(block.ids) > WORTH_COMPILING else count_learned
+    how = kernel(count_learned) if is_worth_a_kernel(len(block.ids)) else count_learned
     how(block.kinds, block.turns, tokens, turns, block.turn_weights, _LEARNED, counts)
     return counts
 

@@ -25,7 +25,7 @@ from tutelage.compiled import kernel
 from tutelage.records import Int32, Int64, Kind, UInt8
 from tutelage.render.cells import Cells
 from tutelage.render.engines import Chosen, Reference, Texts
-from tutelage.render.kernels import WORD, WORTH_COMPILING, label_cells, walk
+from tutelage.render.kernels import PADDING, WORD, find_ids, is_worth_a_kernel, label_cells, walk
 from tutelage.render.tokenizer import OpenTokenizer
 
 BATCH_TEXTS = 4096
@@ -96,10 +96,15 @@ class ByteTable:
         return np.frombuffer(b"".join(self.texts), np.uint8), _offsets(self.lengths)
 
     @cached_property
+    def short_lengths(self) -> UInt8:
+        """`lengths` up to 255, a byte each."""
+        return np.minimum(self.lengths, 255).astype(np.uint8)
+
+    @cached_property
     def words(self) -> tuple[np.ndarray, np.ndarray]:
         """Bytes 0-7 and 8-15 of every token as little-endian u64, zeros behind its end: what comparing 8 bytes at once needs."""
         data, offsets = self.flat
-        _, at = _words_at(data.tobytes())
+        _, at = _words_at(data.tobytes(), len(data))
         starts, lengths = offsets[:-1], np.diff(offsets)
         near = at[starts] & _MASKS[np.minimum(lengths, WORD)]
         return near, at[starts + np.minimum(lengths, WORD)] & _MASKS[np.clip(lengths - WORD, 0, WORD)]
@@ -223,8 +228,14 @@ class Encoder:
     def find_special(self, ids: Int32) -> Int64:
         """Where special tokens stand in `ids`. Most vocabularies have them together, and a range is quicker to compare."""
         low, high = self._special_range
+        if is_worth_a_kernel(len(ids)):
+            found: Int64 = np.empty(len(ids) // 8 + 64, np.int64)
+            if (count := kernel(find_ids)(ids, low, high, self.is_special, found)) > len(found):
+                found = np.empty(count, np.int64)
+                kernel(find_ids)(ids, low, high, self.is_special, found)
+            return found[: int(count)]
         places = np.flatnonzero((ids >= low) & (ids <= high))
-        found: Int64 = places[self.is_special[ids[places]]]
+        found = places[self.is_special[ids[places]]]
         return found
 
     def encode(self, texts: Sequence[str]) -> Encoded:
@@ -283,7 +294,7 @@ def _by_bytes(table: ByteTable, ids: Int32, num_tokens: Int64, batch: Texts) -> 
     (array([0, 1, 3]), array([1, 3, 5]), array([ True,  True]))
     """
     spelled = ids + table.size * _dummies(table, ids, num_tokens) if table.has_dummy else ids
-    how = _walk_compiled if len(ids) > WORTH_COMPILING else _walk_arrays
+    how = _walk_compiled if is_worth_a_kernel(len(ids)) else _walk_arrays
     starts, ends, is_proved = how(spelled, _offsets(num_tokens), table, batch)
     return Encoded(ids, starts, ends, num_tokens, np.diff(batch.offsets), is_proved)
 
@@ -303,21 +314,22 @@ def _walk_arrays(ids: np.ndarray, first: Int64, table: ByteTable, batch: Texts) 
 
 
 def _walk_compiled(ids: np.ndarray, first: Int64, table: ByteTable, batch: Texts) -> tuple[Int64, Int64, np.ndarray]:
-    """The walk as a kernel: five times as fast."""
+    """The walk as a kernel: ten times as fast."""
     starts, ends, is_proved = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64), np.empty(len(batch), bool)
-    kernel(walk)(ids, first, *table.words, *table.flat, *_words_at(batch.data), batch.offsets, starts, ends, is_proved)
+    tables = (table.short_lengths, *table.words, *table.flat)
+    kernel(walk)(ids, first, *tables, *_words_at(batch.data, int(batch.offsets[-1])), batch.offsets, starts, ends, is_proved)
     return starts, ends, is_proved
 
 
-def _words_at(data: bytes) -> tuple[UInt8, np.ndarray]:
-    """The bytes, and the eight bytes from each place on as one number."""
-    padded = data + b"\0" * (2 * WORD)
+def _words_at(data: bytes, end: int) -> tuple[UInt8, np.ndarray]:
+    """The bytes, and the eight bytes from each place up to `end` on as one number."""
+    padded = data if len(data) >= end + PADDING else data + b"\0" * PADDING
     return np.frombuffer(padded, np.uint8), np.ndarray((len(padded) - WORD + 1,), "<u8", padded, strides=(1,))
 
 
 def _differing(table: ByteTable, ids: np.ndarray, starts: Int64, lengths: Int64, data: bytes) -> Int64:
     """The tokens whose bytes are not those of the data at their place, eight bytes compared at a time."""
-    _, at = _words_at(data)
+    _, at = _words_at(data, len(data))
     top = len(data)
     near, far = table.words
     starts = np.clip(starts, 0, top)
@@ -395,7 +407,7 @@ def label(encoded: Encoded, cell_ends: Int64, cell_kinds: UInt8, cell_turns: np.
     >>> out.kinds, out.turns, out.tokens_per_cell           # bytes 0-1, 2-4, 5: the second token straddles byte 3
     (array([0, 3, 7], dtype=uint8), array([-1,  1,  1], dtype=int16), array([1, 1, 1]))
     """
-    how = _label_compiled if len(encoded.ids) > WORTH_COMPILING else label_arrays
+    how = _label_compiled if is_worth_a_kernel(len(encoded.ids)) else label_arrays
     return how(encoded, cell_ends, cell_kinds, cell_turns)
 
 

@@ -290,7 +290,7 @@ class Gatherer:
         contents = encoded(texts.contents) if num_characters < CHARACTERS_PER_GROUP else None
         if contents is None or weights is None:
             return False
-        content_keys, prompt_keys = keys_of_all(texts.orders, texts.contents)
+        content_keys, prompt_keys = keys_of_all(texts.orders, contents)
         self._unload()
         columns = self._columns
         columns.content_key += content_keys

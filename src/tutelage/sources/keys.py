@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from string import punctuation
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from xxhash import xxh3_128_digest
 
 from tutelage.compiled import kernel
-from tutelage.records import ROLES, Int64, UInt8
+from tutelage.records import ROLES, Int32, Int64, UInt8
 from tutelage.sources.reasons import Malformed
 
 TurnRow = tuple[str, str, str | None, str | None, str | None, str | None, float | None]
@@ -61,27 +62,27 @@ def content_key(turns: Sequence[TurnRow], tools: str | None) -> bytes:
 def prompt_key(turns: Sequence[TurnRow]) -> bytes:
     """16 bytes of the normalised first user text: what the split looks at."""
     first = next(turn[1] for turn in turns if turn[0] == "user")
-    return blake2b(normalise(first).encode(), digest_size=16).digest()
+    return _split_digest(normalise(first).encode())
 
 
-def keys_of_all(orders: Sequence[str], contents: Sequence[str]) -> tuple[list[bytes], list[bytes]]:
-    """`content_key` and `prompt_key` of records whose turns have a role and a text only; `contents` is flat.
+def keys_of_all(orders: Sequence[str], contents: pa.StringArray) -> tuple[list[bytes], list[bytes]]:
+    """`content_key` and `prompt_key` of records whose turns have a role and a text only; `contents` is flat (see `encoded`).
 
-    >>> content_keys, prompt_keys = keys_of_all(["ua"], ["2+2?", "4"])
+    >>> content_keys, prompt_keys = keys_of_all(["ua"], encoded(["2+2?", "4"]))
     >>> content_keys[0].hex()[:8]
     '4680b689'
-
-    No text may hold a NUL, and all can be encoded (see `encoded`).
     """
-    if set(orders) == {"ua"}:
-        requests = contents[::2]
-        pairs = zip(requests, contents[1::2], strict=True)
-        joined = [f"\0user\0{request}\0\0\0assistant\0{answer}\0\0" for request, answer in pairs]
-    else:
-        starts = list(accumulate(map(len, orders), initial=0))
-        requests = [contents[start + order.index("u")] for start, order in zip(starts, orders, strict=False)]
-        joined = [_form(order) % tuple(contents[a:b]) for order, (a, b) in zip(orders, pairwise(starts), strict=True)]
-    return list(map(xxh3_128_digest, map(str.encode, joined))), _digests(_normalise_all(requests))
+    _, offsets, data = contents.buffers()
+    borders = np.frombuffer(offsets, np.int32)[contents.offset : contents.offset + len(contents) + 1]
+    if borders[-1] - borders[0] < _WORTH_COMPILING:
+        texts = iter(contents.to_pylist())
+        records = [[(ROLE_OF_LETTER[letter], next(texts), None, None, None, None, None) for letter in order] for order in orders]
+        return [content_key(turns, None) for turns in records], [prompt_key(turns) for turns in records]
+    characters, letters = np.frombuffer(data, np.uint8), np.frombuffer("".join(orders).encode(), np.uint8)
+    ends = np.cumsum(np.fromiter(map(len, orders), np.int64, len(orders)))
+    requests = np.flatnonzero(letters == ord("u"))
+    first = requests[np.searchsorted(requests, np.concatenate([[0], ends[:-1]]))]
+    return _content_keys(characters, borders, letters, ends), _prompt_keys(characters, borders[first], borders[first + 1])
 
 
 def encoded(texts: Sequence[str]) -> pa.StringArray | None:
@@ -94,79 +95,120 @@ def encoded(texts: Sequence[str]) -> pa.StringArray | None:
     return array if characters.all() else None
 
 
-def _digests(texts: Iterable[bytes]) -> list[bytes]:
-    digests, start = [], blake2b(digest_size=16).copy
-    for text in texts:
-        digest = start()
-        digest.update(text)
-        digests.append(digest.digest())
-    return digests
-
-
-@lru_cache(maxsize=4096)
-def _form(order: str) -> str:
-    return "".join(f"\0{ROLE_OF_LETTER[letter]}\0%s\0\0" for letter in order)
-
-
-def _normalise_all(texts: Sequence[str]) -> list[bytes]:
-    """`normalise` of texts without NUL, encoded, all at once but for those in which characters may combine."""
-    folded = [text if text.isascii() else _fold(text) for text in texts]
-    joined = "\0".join([text or "" for text in folded]).encode()
-    normal = _normalised_compiled(joined, folded) if len(joined) > _WORTH_COMPILING else _normalised(joined, folded)
-    for index, text in enumerate(folded):
-        if text is None:
-            normal[index] = normalise(texts[index]).encode()
-        elif not text.isascii():
-            normal[index] = _strip(normal[index].decode()).encode()
-    return normal
-
-
 _WORTH_COMPILING = 1 << 14
+"""Bytes from which the loops are worth being read from disk."""
+_PREFIXES = [f"\0{role}\0".encode() for role in ROLES]
+_PREFIX_BYTES = np.frombuffer(b"".join(_PREFIXES), np.uint8)
+_PREFIX_BORDERS = np.array([0, *accumulate(map(len, _PREFIXES))], np.int64)
+_ROLE_CODES = np.zeros(256, np.int64)
+_ROLE_CODES[[ord(role[0]) for role in ROLES]] = range(len(ROLES))
 
 
-def _normalised(joined: bytes, folded: Sequence[str | None]) -> list[bytes]:
-    """Texts divided by NUL in lower case, white space collapsed; punctuation goes at the ends of those that are ASCII."""
-    characters = np.frombuffer(joined.translate(_PLAIN), np.uint8)
-    is_space = characters == ord(" ")
-    is_first = np.append(True, ~(is_space[1:] & is_space[:-1]))
-    pieces = characters[is_first[: len(characters)]].tobytes().split(b"\0")
-    is_ascii = [text is None or text.isascii() for text in folded]
-    return [(plain and piece.strip(_EDGE_BYTES)) or piece.strip() for piece, plain in zip(pieces, is_ascii, strict=True)]
+def _content_keys(characters: UInt8, borders: Int32, letters: UInt8, ends: Int64) -> list[bytes]:
+    """`content_key` of records that end before the turns `ends`; text i is `borders[i] : borders[i + 1]` of `characters`."""
+    roles = _ROLE_CODES[letters]
+    lengths = int(borders[-1] - borders[0]) + int((np.diff(_PREFIX_BORDERS)[roles] + 2).sum())
+    out, places = np.zeros(lengths, np.uint8), np.empty(len(ends), np.int64)
+    kernel(spell)(characters, borders, roles, _PREFIX_BYTES, _PREFIX_BORDERS, ends, out, places)
+    return _digests(out, np.concatenate([[0], places[:-1]]), places, xxh3_128_digest)
 
 
-def _normalised_compiled(joined: bytes, folded: Sequence[str | None]) -> list[bytes]:
-    """The same in one loop over the bytes."""
-    data = np.frombuffer(joined, np.uint8)
-    out, is_ascii = np.empty(len(data), np.uint8), np.array([text is None or text.isascii() for text in folded])
-    first, last = np.empty(len(folded), np.int64), np.empty(len(folded), np.int64)
-    kernel(collapse)(data, _PLAIN_TABLE, _EDGE_TABLE, is_ascii, out, first, last)
-    made = out.tobytes()
-    return [made[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True)]
+def _prompt_keys(characters: UInt8, starts: Int32, ends: Int32) -> list[bytes]:
+    """The digests of texts as `normalise` has them; text i is `starts[i] : ends[i]` of `characters`, in UTF-8."""
+    out, first, last, is_ascii = _collapsed(characters, starts, ends)
+    keys = _digests(out, first, last, _split_digest)
+    beyond = np.flatnonzero(~is_ascii)
+    if not len(beyond):
+        return keys
+    texts = [characters[a:b].tobytes().decode() for a, b in zip(starts[beyond].tolist(), ends[beyond].tolist(), strict=True)]
+    for index, text in zip(beyond.tolist(), texts, strict=True):
+        folded = _fold(text)
+        normal = normalise(text) if folded is None else _strip(" ".join(folded.encode().translate(_PLAIN).decode().split()))
+        keys[index] = _split_digest(normal.encode())
+    return keys
 
 
-def collapse(data: UInt8, plain: UInt8, edge: np.ndarray, is_ascii: np.ndarray, out: UInt8, first: Int64, last: Int64) -> None:
-    """Text i, up to the i-th NUL, with bytes as `plain` has them and spaces collapsed, at `first[i] : last[i]` of `out`.
+def _digests(data: UInt8, first: Int64, last: Int64, digest: Callable[[Any], bytes]) -> list[bytes]:
+    view = data.data
+    return [digest(view[a:b]) for a, b in zip(first.tolist(), last.tolist(), strict=True)]
 
-    Spaces at its ends go, and with `is_ascii[i]` what `edge` names, unless nothing else is there. Plain loops, for numba.
+
+_begun = blake2b(digest_size=16)
+
+
+def _split_digest(text: Any) -> bytes:
+    """What the split draws by: to change it is to hold out other records."""
+    digest = _begun.copy()
+    digest.update(text)
+    return digest.digest()
+
+
+def _collapsed(data: UInt8, starts: Int32, ends: Int32) -> tuple[UInt8, Int64, Int64, np.ndarray]:
+    """What `collapse` fills: the bytes, each text's place among them, and whether it is ASCII."""
+    out, is_ascii = np.empty(int((ends - starts).sum()), np.uint8), np.empty(len(starts), bool)
+    first, last = np.empty(len(starts), np.int64), np.empty(len(starts), np.int64)
+    kernel(collapse)(data, starts, ends, _PLAIN_TABLE, _EDGE_TABLE, out, first, last, is_ascii)
+    return out, first, last, is_ascii
+
+
+def load_kernels() -> None:
+    """Compiles the loops of this module, or reads them from disk."""
+    text = encoded(["a" * _WORTH_COMPILING, "b"])
+    assert text is not None
+    keys_of_all(["ua"], text)
+
+
+def spell(  # noqa: PLR0913 - a kernel takes arrays, not objects
+    data: UInt8, borders: Int32, roles: Int64, prefixes: UInt8, prefix_borders: Int64, ends: Int64, out: UInt8, places: Int64
+) -> None:
+    """Records as `content_key` joins them, end to end in `out` (zeros), record i up to `places[i]`. Plain loops, for numba."""
+    at, turn = 0, 0
+    for i in range(len(ends)):
+        while turn < ends[i]:
+            prefix = prefixes[prefix_borders[roles[turn]] : prefix_borders[roles[turn] + 1]]
+            text = data[borders[turn] : borders[turn + 1]]
+            out[at : at + len(prefix)] = prefix
+            at += len(prefix)
+            out[at : at + len(text)] = text
+            at += len(text) + 2
+            turn += 1
+        places[i] = at
+
+
+def collapse(  # noqa: PLR0913 - a kernel takes arrays, not objects
+    data: UInt8,
+    starts: Int32,
+    ends: Int32,
+    plain: UInt8,
+    edge: np.ndarray,
+    out: UInt8,
+    first: Int64,
+    last: Int64,
+    is_ascii: np.ndarray,
+) -> None:
+    """Text i, `starts[i] : ends[i]` of `data`, with bytes as `plain` has them and spaces collapsed: `first[i] : last[i]` of `out`
+
+    Spaces at its ends go, and from a text of ASCII alone what `edge` names, unless nothing else is there. Plain loops, for numba.
     """
-    at, end = 0, 0
-    for i in range(len(first)):
-        begin, was_space = end, False
-        while at < len(data) and data[at] != 0:
-            character = plain[data[at]]
-            if character != 32 or not was_space:
-                out[end] = character
-                end += 1
-            was_space = character == 32
-            at += 1
-        at += 1
+    end = 0
+    for i in range(len(starts)):
+        text = data[starts[i] : ends[i]]
+        begin, was_space, above = end, False, np.uint8(0)
+        for k in range(len(text)):
+            character = plain[text[k]]
+            is_space = character == 32
+            above |= character
+            out[end] = character
+            end += not (is_space and was_space)
+            was_space = is_space
+        is_ascii[i] = above < 128
         a, b = begin, end
-        if is_ascii[i]:
+        if above < 128:
             while a < b and edge[out[a]]:
                 a += 1
             while b > a and edge[out[b - 1]]:
                 b -= 1
-        if a == b or not is_ascii[i]:
+        if a == b or above >= 128:
             a, b = begin, end
             while a < b and out[a] == 32:
                 a += 1

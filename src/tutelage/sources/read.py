@@ -21,11 +21,11 @@ from typing import Any
 import fsspec
 import orjson
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tutelage.errors import DataError, MissingExtra
 from tutelage.sources.reasons import Malformed, excerpt_of
 from tutelage.sources.scan import Block, split_array, split_lines
+from tutelage.tables import in_pieces
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 PACKINGS = {".gz": "gzip", ".zst": "zstd"}
@@ -283,7 +283,7 @@ def _parquet(file: DataFile) -> Iterator[Block]:
             shutil.copyfileobj(pa.CompressedInputStream(pa.PythonFile(opened, mode="r"), file.packing), whole, BLOCK_BYTES)
             opened = whole
         first = 1
-        for batch in pq.ParquetFile(opened).iter_batches(batch_size=_ROWS_PER_BLOCK, use_threads=False):
+        for batch in in_pieces(opened).iter_batches(batch_size=_ROWS_PER_BLOCK, use_threads=False):
             yield Block(range(first, first + batch.num_rows), _rows(batch))
             first += batch.num_rows
 

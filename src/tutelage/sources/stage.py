@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tutelage.errors import DataError, did_you_mean
@@ -21,7 +20,7 @@ from tutelage.sources.scan import Block
 from tutelage.sources.spec import IntakeSpec, SourceSpec, SplitSpec
 from tutelage.sources.split import add_sides, count_sides, held_out_flags, notes_on
 from tutelage.store import Artefact, Counts, Outcome, Progress, Stage, Store
-from tutelage.tables import RECORD_WEIGHTS, SPLIT, read_dropped, read_table, write_table
+from tutelage.tables import RECORD_WEIGHTS, SPLIT, in_pieces, read_dropped, read_table, write_table
 
 CONVERSATIONS_FILE = "conversations.parquet"
 DROPPED_FILE = "dropped.parquet"
@@ -103,10 +102,10 @@ def _streams(data: list[DataFile] | HubData, max_bytes: int) -> Iterator[tuple[s
 
 def _sample(path: Path, max_records: int, dropped: DroppedWriter) -> int:
     """Keeps the `max_records` records with the smallest hash of (file, line, part), in their order."""
-    draws = np.concatenate([_draws(batch) for batch in pq.ParquetFile(path).iter_batches(columns=["file", "line", "part"])])
+    draws = np.concatenate([_draws(batch) for batch in in_pieces(path).iter_batches(columns=["file", "line", "part"])])
     is_kept = np.zeros(len(draws), np.bool_)
     is_kept[np.argsort(draws, kind="stable")[:max_records]] = True
-    whole, writer, first = pq.ParquetFile(path), None, 0
+    whole, writer, first = in_pieces(path), None, 0
     sampled = path.with_suffix(".sample")
     for group in range(whole.num_row_groups):
         table = whole.read_row_group(group)
@@ -168,7 +167,7 @@ def _split(path: Path, inputs: Mapping[str, Artefact], spec: SplitSpec, progress
     writer, num_records = None, 0
     for source in sorted(inputs):
         first = 0
-        file = pq.ParquetFile(inputs[source].file(CONVERSATIONS_FILE))
+        file = in_pieces(inputs[source].file(CONVERSATIONS_FILE))
         for batch in file.iter_batches(columns=["prompt_key", "task"]):
             names = batch["task"].dictionary.to_pylist()
             tasks = [names[code] for code in batch["task"].indices.to_numpy().tolist()]
