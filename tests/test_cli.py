@@ -48,6 +48,10 @@ def test_every_table_has_its_json(done: tuple[Path, subprocess.CompletedProcess[
     assert all(stage["in"] == stage["out"] + sum(stage["dropped"].values()) for stage in explained["stages"])
     planned = json.loads(tutelage(folder, "plan", "small.yaml", "--json", "-q").stdout)
     assert {row["task"] for row in planned["mixture"]} >= {"sums", "words"}
+    batch = planned["batch"]
+    assert (
+        batch["rows_per_pass"] * batch["num_passes"] * batch["num_devices"] * (1 - batch["idle_share"]) == batch["num_rows"] > 0
+    )
     shown = json.loads(tutelage(folder, "look", "small.yaml", "--json", "-q", "--task", "sums").stdout)
     assert {example["task"] for example in shown} == {"sums"}
     assert json.loads(tutelage(folder, "gc", "--json").stdout) == []

@@ -31,12 +31,10 @@ def torchrun(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def losses(store: Path) -> list[float]:
-    """Loss of each step of the one run in a store."""
-    (folder,) = store.glob("train/*")
-    return [
-        row["loss_sum"] / row["weight"] for row in pq.read_table(folder / "steps.parquet").to_pylist() if row["part"] == "all"
-    ]
+def losses(store: Path) -> list[list[float]]:
+    """Loss of each step of every run in a store."""
+    rows = [pq.read_table(folder / "steps.parquet").to_pylist() for folder in store.glob("train/*")]
+    return [[row["loss_sum"] / row["weight"] for row in steps if row["part"] == "all"] for steps in rows]
 
 
 @pytest.mark.slow
@@ -52,8 +50,11 @@ def test_two_processes_run_a_recipe_to_its_report_and_check_each_other(tmp_path:
     )
     done = torchrun(script, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    assert {path.name for path in (tmp_path / "one" / "train").iterdir()} == {
+    again = torchrun(f"{tutelage} train small.yaml --store two --runs trainer -q --set train.engine=hf_trainer", tmp_path)
+    assert again.returncode == 0, again.stderr
+    by_loop, by_trainer = losses(tmp_path / "two")
+    assert by_loop == pytest.approx(losses(tmp_path / "one")[0], rel=1e-4) and by_trainer == pytest.approx(by_loop, rel=1e-6)
+    assert {path.name for path in (tmp_path / "one" / "train").iterdir()} < {
         path.name for path in (tmp_path / "two" / "train").iterdir()
     }
     assert (tmp_path / "both" / "small" / "report.html").exists()

@@ -287,7 +287,7 @@ def plan(
         shown = PlanSummary(view, summary.run_summary(done.artefacts, folder=done.folder))
     page = planning.write_page(view, file, html) if html is not None else None
     if as_json:
-        _print_json({**shown.as_json(), **({} if page is None else page)})
+        _print_json({**shown.as_json(), "batch": file.training_json(), **({} if page is None else page)})
         return
     for table in shown.tables():
         screen.print_table(table)

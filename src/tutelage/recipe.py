@@ -97,6 +97,13 @@ class RecipeFile:
         of: Any = {"max_tokens": recipe.render.max_tokens, "train": recipe.train, "model": recipe.model}
         return recipe_checks.training_lines(recipe.batch, **of)
 
+    def training_json(self) -> dict[str, Any]:
+        """The same arithmetic as plain values; rows and passes are null where their number varies from step to step."""
+        recipe = self.recipe
+        shape = recipe_checks.step_shape(recipe.batch, max_tokens=recipe.render.max_tokens, train=recipe.train)
+        names = ("num_rows", "rows_per_pass", "num_passes", "num_devices", "idle_share")
+        return {name: getattr(shape, name, None) for name in names}
+
 
 @dataclass
 class _Draft:

@@ -16,7 +16,7 @@ from tutelage.plan.schedule_spec import Online, schedule_names
 from tutelage.plan.spec import BatchSpec
 from tutelage.plan.windows import DEFAULT_ROWS
 from tutelage.recipe_errors import Located
-from tutelage.train.batching import default_rows_per_pass, num_devices, solve
+from tutelage.train.batching import Shape, default_rows_per_pass, num_devices, solve
 from tutelage.train.remarks import rate_remark
 from tutelage.train.spec import TrainSpec
 
@@ -169,14 +169,26 @@ def _division(rows: int, micro_batch_rows: int | str | None, located: Located) -
 
 def training_lines(batch: BatchSpec, *, max_tokens: int, train: TrainSpec, model: ModelSpec) -> list[str]:
     """What a recipe means for training, for people: the arithmetic of a step, and a rate outside the usual range."""
-    rows, stated = _rows_per_step(batch, max_tokens), train.micro_batch_rows
-    capacity, devices = batch.capacity or max_tokens, num_devices(os.environ)
-    if rows is None:
+    shape, capacity, devices = step_shape(batch, max_tokens=max_tokens, train=train), batch.capacity or max_tokens, _devices()
+    if shape is None:
         held = f"{batch.examples_per_step} examples" if batch.examples_per_step else f"{batch.slots_per_step} slots"
         line = f"batch: {held} per step; its rows vary, and those of a step are shared by {devices} device{'s' * (devices > 1)}"
     else:
-        per_pass = stated if isinstance(stated, int) else min(default_rows_per_pass(capacity), max(1, rows // devices))
-        fitted = "; `auto` may take more rows per device" if stated == "auto" else ""
-        line = f"batch: {solve(rows, rows_per_pass=per_pass, num_devices=devices).text}, {capacity:,} slots each{fitted}"
+        fitted = "; `auto` may take more rows per device" if train.micro_batch_rows == "auto" else ""
+        line = f"batch: {shape.text}, {capacity:,} slots each{fitted}"
     remark = rate_remark(train.learning_rate, model.adapter.kind)
     return [line, *([remark] if remark else [])]
+
+
+def step_shape(batch: BatchSpec, *, max_tokens: int, train: TrainSpec) -> Shape | None:
+    """The rows of a step over devices and passes; None where their number varies from step to step."""
+    rows, stated, devices = _rows_per_step(batch, max_tokens), train.micro_batch_rows, _devices()
+    if rows is None:
+        return None
+    capacity = batch.capacity or max_tokens
+    per_pass = stated if isinstance(stated, int) else min(default_rows_per_pass(capacity), max(1, rows // devices))
+    return solve(rows, rows_per_pass=per_pass, num_devices=devices)
+
+
+def _devices() -> int:
+    return num_devices(os.environ)

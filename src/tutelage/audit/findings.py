@@ -129,7 +129,8 @@ CATALOGUE: Mapping[str, Meaning] = {
     ),
     "split_markers": Meaning(
         "the template's markers are not single tokens of this tokenizer: it is the template of another model family",
-        "name the model's own template in render.template, or add split_markers to audit.ignore",
+        "name the model's own template in render.template, give the model its markers as tokens with model.new_tokens, or "
+        "add split_markers to audit.ignore",
         "error",
     ),
     "prefix_lost": Meaning(

@@ -152,8 +152,6 @@ def _engine(spec: TrainSpec) -> type[Run]:
     """Who takes the steps."""
     if spec.engine == "loop":
         return Run
-    if not current().is_alone:
-        raise TrainError("train.engine: hf_trainer is for one process; several need `loop`, which does DDP and FSDP2 itself")
     from tutelage.train.engines.hf_trainer import TrainerRun
 
     return TrainerRun

@@ -7,11 +7,15 @@
 To the Trainer a step is one item of an epoch that is the whole run, so it has nothing to accumulate and nothing to
 average: all passes of a step are made in `training_step`, each divided by the plan's W. Numbers, checkpoints and files
 are those of the loop; beside each checkpoint lies the Trainer's own state, with what callbacks keep.
+
+With several processes each has a Trainer that knows of no other: the run spreads the model, averages gradients and writes
+checkpoints as in the loop. What a callback asks for on one rank (stop, save, evaluate) happens on all of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import shutil
 import time
@@ -40,6 +44,7 @@ from tutelage.train.step import check_norm
 from tutelage.train.stopping import Abandoned, StopRequest
 
 STATE = "trainer_state.json"
+_DONE_TOGETHER = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate")
 
 
 class TrainerRun(Run):
@@ -83,6 +88,12 @@ class TrainerRun(Run):
         peak, schedule = self.task.learning_rate, self.task.spec.schedule
         return learning_rate_at(step, num_steps=self.num_steps, peak=peak, schedule=schedule)
 
+    def agree(self, control: Any) -> None:
+        """Nothing; what a callback asked for on one rank, all do: each of these is done together."""
+        asked = self.world.total(np.array([float(getattr(control, name)) for name in _DONE_TOGETHER]))
+        for name, number in zip(_DONE_TOGETHER, asked.tolist(), strict=True):
+            setattr(control, name, number > 0)
+
     def write_down(self, taken: Taken) -> None:
         """Nothing; the step that was taken is behind us."""
         numbers = {"grad_norm": taken.grad_norm, "learning_rate": taken.learning_rate}
@@ -107,6 +118,8 @@ class TrainerRun(Run):
         if self.trainer is not None:
             self.trainer.write_state(self._state_folder(self.position.step))
         super()._save()
+        if not self.world.is_first:
+            return
         kept = {self._state_folder(step) for step in self.checkpoints.steps()}
         for folder in (self.folder / "trainer").glob("step-*"):
             if folder not in kept:
@@ -145,11 +158,23 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]
         optimizer = _Steps(run.optimizer)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda count: run.rate_at(first + count))
         callbacks = make_callbacks(run.task.spec.callbacks)
-        super().__init__(run.model, _arguments(run), optimizers=(optimizer, schedule), callbacks=callbacks)
+        with _as_if_alone(run):
+            super().__init__(run.model, _arguments(run), optimizers=(optimizer, schedule), callbacks=callbacks)
         self.remove_callback(transformers.PrinterCallback)
         # Whoever spreads the model over processes is the run: nothing here may wrap it.
         self.is_distributed_loading_by_transformers = True
         self.args._n_gpu = min(self.args.n_gpu, 1)
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this is the rank whose callbacks log and write files."""
+        return self._run.world.is_first
+
+    def is_local_process_zero(self) -> bool:
+        """Whether this is the first rank of its machine."""
+        return self._run.world.local_rank == 0
+
+    def _move_model_to_device(self, model: Any, device: Any) -> None:
+        """Nothing: the run has put it where it belongs, or cut it in pieces."""
 
     def get_train_dataloader(self) -> Any:
         """The steps that are left, in an epoch that is the whole run; no loader, which would draw from the random state."""
@@ -198,6 +223,7 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]
         run.write_down(self._taken)
         self._taken = None
         self.state.epoch = run.position.step / run.num_steps
+        run.agree(self.control)
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self.control.should_training_stop and run.position.step < run.num_steps:
             run.measure_now(self._measure_with)
@@ -216,6 +242,8 @@ class StepTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def write_state(self, folder: Path) -> None:
         """Nothing; the Trainer's state, and that of callbacks which keep one, lies in `folder`."""
+        if not self._run.world.is_first:
+            return
         self.state.stateful_callbacks = {}
         for keeper in [*self.callback_handler.callbacks, self.control]:
             if isinstance(keeper, ExportableState):
@@ -298,6 +326,21 @@ def _arguments(run: TrainerRun) -> Any:
         restore_callback_states_from_checkpoint=True,
         average_tokens_across_devices=False,
     )
+
+
+@contextmanager
+def _as_if_alone(run: TrainerRun) -> Iterator[None]:
+    """Nothing; inside, the Trainer does not see that other processes were started, and takes the run's device."""
+    hidden = {name: os.environ.pop(name) for name in _STARTED_BY if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+        if run.device.type == "cuda":
+            torch.cuda.set_device(run.device)
+
+
+_STARTED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
 
 @contextmanager
