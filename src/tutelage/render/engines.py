@@ -28,9 +28,10 @@ from tutelage.render.tokenizer import OpenTokenizer
 
 CHUNK_TEXTS = 4096
 """Texts per call of `tokenizers`: fewer leave cores idle, more cost memory and time."""
-CHECKED_PER_BATCH = 4
-_SAMPLE, _SAMPLE_BYTES = 64, 8_000
-"""Texts of every source that are compared with the reference, and about how many bytes of them; 8 texts at least."""
+SAMPLE, SAMPLE_BYTES = 64, 8_000
+"""Texts of every source's first batch that are compared with the reference, and about how many bytes of them; two at least."""
+LATER, LATER_BYTES = 4, 2_000
+"""The same of every later batch; one at least."""
 
 
 @dataclass(frozen=True)
@@ -207,8 +208,8 @@ class Chosen:
         """Ids and their number per text; EngineDiffers when one of the texts compared has others."""
         ids, counts = self.engine.encode(batch)
         if self.is_fast and len(batch):
-            most = _SAMPLE_BYTES * len(batch) // max(len(batch.data), 1)
-            num = CHECKED_PER_BATCH if self.num_compared else max(min(_SAMPLE, most), 8)
+            least, most, num_bytes = (1, LATER, LATER_BYTES) if self.num_compared else (2, SAMPLE, SAMPLE_BYTES)
+            num = max(least, min(most, num_bytes * len(batch) // max(len(batch.data), 1)))
             self._compare(batch, ids, counts, np.unique(np.linspace(0, len(batch) - 1, num).astype(int)))
         return ids, counts
 
