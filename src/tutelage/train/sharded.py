@@ -38,16 +38,17 @@ class Sharded(Parallel):
 
     def __init__(self, model: Any, world: World, *, device: str | None = None) -> None:
         super().__init__(model, world)
-        self._stored = _widen_trained(self.own)
+        self._stored = _narrow_dtype(self.own)
         mesh = init_device_mesh(device or next(self.own.parameters()).device.type, (world.size,))
         # Inputs stay as they are: loss weights rounded to bfloat16 would be other weights.
         policy = MixedPrecisionPolicy(
             param_dtype=self._stored, reduce_dtype=torch.float32 if self._stored else None, cast_forward_inputs=False
         )
-        # TODO(meta-load): every rank holds the whole model in memory until here; weights could be read piece by piece.
-        for layer in _layers(self.own):
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(self.own, mesh=mesh, mp_policy=policy)
+        # TODO(meta-load): every rank holds the whole model, as it was loaded, until here; it could be read piece by piece.
+        for unit in (*_layers(self.own), self.own):
+            if self._stored is not None:
+                _widen_trained(unit)
+            fully_shard(unit, mesh=mesh, mp_policy=policy)
         register_fsdp_forward_method(self.own, "within")
 
     def average(self, weights: Mapping[str, Tensor]) -> None:
@@ -82,8 +83,8 @@ class Sharded(Parallel):
         return nn.Parameter(kept, requires_grad=parameter.requires_grad)
 
 
-def _widen_trained(learner: nn.Module) -> torch.dtype | None:
-    """The narrow precision that trained weights are used in, None for a wide one; they are float32 from here on."""
+def _narrow_dtype(learner: nn.Module) -> torch.dtype | None:
+    """The narrow precision that trained weights are used in, None for a wide one. Raises `TrainError` where there are several."""
     trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     dtypes = {parameter.dtype for parameter in trained}
     if len(dtypes) > 1:
@@ -92,11 +93,14 @@ def _widen_trained(learner: nn.Module) -> torch.dtype | None:
             f"train.parallel: fsdp trains weights of one precision, found {names}; use `train.parallel: ddp`, or "
             "`train.dtype: float32`"
         )
-    if not dtypes & set(NARROW):
-        return None
-    for parameter in trained:
-        parameter.data = parameter.data.float()
-    return dtypes.pop()
+    return dtypes.pop() if dtypes & set(NARROW) else None
+
+
+def _widen_trained(unit: nn.Module) -> None:
+    """Nothing; the trained weights of a unit that is about to be cut are float32: a unit at a time, never the whole model."""
+    for parameter in unit.parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.float()
 
 
 def _layers(learner: nn.Module) -> list[nn.Module]:
