@@ -885,6 +885,17 @@ def passes_rounded_down(right: Function) -> Function:
     return solve
 
 
+def masters_rounded_to_the_nearest(_: Function) -> Function:
+    def round_into(narrow: Any, wide: Any, **_: Any) -> None:
+        narrow.detach().copy_(wide)
+
+    return round_into
+
+
+def draws_by_place_in_the_piece(right: Function) -> Function:
+    return lambda narrow, wide, *, name, start=None: right(narrow, wide, name=name, start=0)
+
+
 def passes_without_a_fixed_part(_: Function) -> Function:
     return lambda rise_of, limit: lambda n: n * rise_of(1) <= limit
 
@@ -1530,6 +1541,18 @@ MUTANTS: list[Mutant] = [
         "tutelage.train.batching:solve",
         passes_rounded_down,
         ("train/test_batching.py::test_passes_hold_every_row_and_one_pass_less_would_not",),
+    ),
+    Mutant(
+        "masters rounded to the nearest",
+        "tutelage.train.rounding:round_into",
+        masters_rounded_to_the_nearest,
+        ("train/test_rounding.py::test_a_small_rate_learns_in_bfloat16_what_it_learns_in_float32",),
+    ),
+    Mutant(
+        "draws by place in the piece",
+        "tutelage.train.rounding:round_into",
+        draws_by_place_in_the_piece,
+        ("train/test_rounding.py::test_the_loop_is_the_torch_it_stands_for_and_pieces_are_the_whole",),
     ),
     Mutant(
         "memory of a pass without its fixed part",

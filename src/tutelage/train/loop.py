@@ -167,7 +167,7 @@ class Run:
         self.parallel = parallelise(learner_of(model, task.spec, progress), self.world, **more)
         self.learner = self.parallel.own
         self.device = next(model.parameters()).device
-        self.optimizer = Optimizer(model, task.spec, peak=task.learning_rate)
+        self.optimizer = Optimizer(model, task.spec, peak=task.learning_rate, used_in=self.parallel.used_in)
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         more = {"seed": task.spec.seed, "keep": task.spec.keep_checkpoints, "progress": progress}

@@ -2,7 +2,7 @@
 
 A model in bfloat16 cannot take an update of a thousandth of a weight: its 8 bits round it away, and so do sums of
 gradients over micro-batches. So the optimizer holds each narrow weight and its gradient in float32 ("master"), and the
-model works with the rounded copy. Weights in float32 or float64 are their own master and cost nothing.
+model works with a rounded copy (`rounding.py`). Weights in float32 or float64 are their own master and cost nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from tutelage.errors import TrainError
 from tutelage.train.choice import choose
 from tutelage.train.memory import dump, load, starting_points
+from tutelage.train.rounding import round_into
 from tutelage.train.spec import TrainSpec
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -28,9 +29,12 @@ class Optimizer:
 
     Between `zero` and `step` any number of backward passes add to the gradients. `close` takes the hooks off the model.
     `peak` is the run's peak learning rate, needed where groups have one of their own (`train.learning_rate` by default).
+    `used_in` is the narrow precision that the model's float32 weights are used in, where they are (`Parallel.used_in`).
     """
 
-    def __init__(self, model: torch.nn.Module, spec: TrainSpec, *, peak: float | None = None) -> None:
+    def __init__(
+        self, model: torch.nn.Module, spec: TrainSpec, *, peak: float | None = None, used_in: torch.dtype | None = None
+    ) -> None:
         self._working = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self._working:
             raise TrainError("the model has no trainable weight; choose `model.adapter: lora` or `full`")
@@ -38,8 +42,8 @@ class Optimizer:
         self._hooks: list[Any] = []
         for name, parameter in self._working.items():
             self.weights[name] = parameter
-            if parameter.dtype in NARROW:
-                self.weights[name] = parameter.detach().float().requires_grad_()
+            if parameter.dtype in NARROW or used_in in NARROW:
+                self.weights[name] = parameter.detach().to(torch.float32, copy=True).requires_grad_()
                 widen: Any = parameter.register_post_accumulate_grad_hook
                 self._hooks.append(widen(_widen(self.weights[name])))
         self._max_grad_norm = spec.max_grad_norm
@@ -99,17 +103,17 @@ class Optimizer:
         for hook in self._hooks:
             hook.remove()
 
-    @torch.no_grad()
     def _refresh(self) -> None:
         for name, parameter in self._working.items():
             if self.weights[name] is not parameter:
-                parameter.copy_(self.weights[name])
+                round_into(parameter, self.weights[name], name=name)
 
 
 def _widen(master: Tensor) -> Any:
     """A hook that moves a parameter's fresh gradient into its float32 master, where gradients are added up.
 
-    The wide gradient's memory is kept from step to step: pages that the system hands out anew cost as much as the sum.
+    A gradient that is wide already is taken as it is. Else the wide one's memory is kept from step to step: pages that the
+    system hands out anew cost as much as the sum.
     """
     kept: list[Tensor] = []
 
@@ -118,6 +122,9 @@ def _widen(master: Tensor) -> Any:
         fresh, parameter.grad = parameter.grad, None
         if master.grad is not None:
             _add(fresh, to=master.grad)
+            return
+        if fresh.dtype == master.dtype:
+            master.grad = fresh
             return
         if not kept:
             kept.append(torch.empty_like(master, requires_grad=False))

@@ -36,6 +36,9 @@ BUCKET_NUMBERS = 8_388_608
 class Parallel:
     """A learner and the world it is trained in. `learner` is what passes are run through; `model` stays inside it."""
 
+    used_in: torch.dtype | None = None
+    """The narrow precision in which float32 pieces are put together; None where parameters are used as they are."""
+
     def __init__(self, model: Any, world: World) -> None:
         self.world = world
         self.own = model if isinstance(model, Learner) else Learner(model)

@@ -1,9 +1,9 @@
 """FSDP2: weights, gradients and the optimizer's memory cut in pieces, one per rank, and put together layer by layer when used.
 
 Each decoder layer is a unit of its own (`fully_shard`), and the learner around them holds the rest: embeddings, last norm,
-head, and the loss, which is inside its forward because only there the head is whole. Trained weights are cut in float32 and
-put together in the model's own precision, so the pieces themselves are the optimizer's masters; gradients are added up in
-float32. Frozen weights stay in their precision: float32 adapters over a bfloat16 base share its units.
+head, and the loss, which is inside its forward because only there the head is whole. Trained weights are cut in float32, which
+is the precision of their gradients then, and put together in the model's own: a piece holds what rounding made of its master,
+so nothing is lost there. Frozen weights stay in their precision: float32 adapters over a bfloat16 base share its units.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class Sharded(Parallel):
 
     def __init__(self, model: Any, world: World, *, device: str | None = None) -> None:
         super().__init__(model, world)
-        self._stored = _narrow_dtype(self.own)
+        self.used_in = _narrow_dtype(self.own)
         mesh = init_device_mesh(device or next(self.own.parameters()).device.type, (world.size,))
         # Inputs stay as they are: loss weights rounded to bfloat16 would be other weights.
         policy = MixedPrecisionPolicy(
-            param_dtype=self._stored, reduce_dtype=torch.float32 if self._stored else None, cast_forward_inputs=False
+            param_dtype=self.used_in, reduce_dtype=torch.float32 if self.used_in else None, cast_forward_inputs=False
         )
         # TODO(meta-load): every rank holds the whole model, as it was loaded, until here; it could be read piece by piece.
         for unit in (*_layers(self.own), self.own):
-            if self._stored is not None:
+            if self.used_in is not None:
                 _widen_trained(unit)
             fully_shard(unit, mesh=mesh, mp_policy=policy)
         register_fsdp_forward_method(self.own, "within")
@@ -77,8 +77,8 @@ class Sharded(Parallel):
 
     def _whole(self, parameter: Any) -> nn.Parameter:
         whole = parameter.full_tensor()
-        if parameter.requires_grad and self._stored is not None:
-            whole = whole.to(self._stored)
+        if parameter.requires_grad and self.used_in is not None:
+            whole = whole.to(self.used_in)
         kept = whole.cpu() if self.world.is_first else torch.empty_like(whole, device="meta")
         return nn.Parameter(kept, requires_grad=parameter.requires_grad)
 

@@ -101,7 +101,7 @@ def train_stage(inputs: TrainInputs, *, model_spec: ModelSpec, spec: TrainSpec, 
     wanted |= {"optimizer": inputs.optimizer} if inputs.earlier is not None else {}
     return Stage(
         "train",
-        2,
+        3,
         wanted,
         build,
         inputs=inputs.by_name(),
