@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import pyarrow as pa
 
-from tutelage.allocator import keep_memory
+from tutelage.allocator import COLLECT_AFTER, keep_memory
 from tutelage.store import Progress
 
 Job = Callable[[Progress], None]
@@ -226,7 +226,7 @@ def _work(phases: Sequence[_Phase], there: int, parent: int) -> NoReturn:
         _die_with(parent)
         _keep_memory()
         gc.freeze()  # what the parent made is not looked through again and again
-        gc.set_threshold(_COLLECT_AFTER)
+        gc.set_threshold(COLLECT_AFTER)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are the parent's
         for phase in phases:
             if phase is not phases[0]:
@@ -241,8 +241,6 @@ def _work(phases: Sequence[_Phase], there: int, parent: int) -> NoReturn:
 
 _TICKET = 2
 """Bytes of a job's number."""
-_COLLECT_AFTER = 50_000
-"""New objects between two looks for garbage: records come and go by tens of thousands, and hardly any is in a cycle."""
 
 
 def _keep_memory() -> None:

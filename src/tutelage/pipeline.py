@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.ahead import Job, do_ahead, num_processes
+from tutelage.allocator import collecting_as_usual, collecting_rarely
 from tutelage.audit.stage import Audit, AuditInputs, Rule, audit_stage, check_audit, read_audit
 from tutelage.audit.tokens import Stretch
 from tutelage.curate.stage import copies_stage, rewrite_stage, screen_stage
@@ -319,7 +320,7 @@ def run(
     if is_led():
         follow(lambda: (place, build_pipeline(file, store=place).stages))
         return Run(folder, {})
-    with place.in_use():
+    with place.in_use(), collecting_rarely():
         pipeline = build_pipeline(file, store=place)
         artefacts: dict[str, Artefact] = {}
         labels = pipeline.needed(until)
@@ -358,6 +359,8 @@ def audit(
 BEFORE_RENDERING, RENDERING = ("read", "rewrite", "screen"), ("render", "rerender", "tally", "retally")
 OF_SOURCES = (*BEFORE_RENDERING, *RENDERING)
 """Stages that each source has for itself. The tokenizer is opened while those before rendering are done."""
+WITH_A_MODEL = ("model", "measure", "train")
+"""Stages in whose garbage there may be tensors."""
 WORTH_PROCESSES = 16_000_000
 """Bytes of data from which a process per source pays."""
 
@@ -441,7 +444,8 @@ def _produce(
     """A stage's artefact; `is_fresh` says that this run has built it already."""
     stage = pipeline.stages[label]
     inputs = {name: done[pipeline._label_of(upstream)] for name, upstream in stage.inputs.items()}
-    artefact = produce_together(pipeline.store, pipeline.stages, label, inputs, progress)
+    with collecting_as_usual() if stage.name in WITH_A_MODEL else contextlib.nullcontext():
+        artefact = produce_together(pipeline.store, pipeline.stages, label, inputs, progress)
     if is_fresh:
         artefact = dataclasses.replace(artefact, is_hit=False)
     if stage.name == "read":

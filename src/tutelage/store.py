@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -155,9 +156,11 @@ class Stage:
 def package_version(name: str) -> str:
     """The installed version of a distribution, `""` when it is not installed."""
     try:
-        return metadata.version(name)
+        text = metadata.distribution(name).read_text("METADATA") or ""
     except metadata.PackageNotFoundError:
         return ""
+    said = re.search(r"^Version: *(\S+)", text, re.MULTILINE)  # metadata.version reads it as an e-mail with all its headers
+    return said[1] if said else metadata.version(name)
 
 
 def canonical_json(value: Json) -> str:
