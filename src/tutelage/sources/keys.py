@@ -120,10 +120,14 @@ def _prompt_keys(characters: UInt8, starts: Int32, ends: Int32) -> list[bytes]:
     beyond = np.flatnonzero(~is_ascii)
     if not len(beyond):
         return keys
-    texts = [characters[a:b].tobytes().decode() for a, b in zip(starts[beyond].tolist(), ends[beyond].tolist(), strict=True)]
-    for index, text in zip(beyond.tolist(), texts, strict=True):
+    view = out.data
+    for index, a, b in zip(beyond.tolist(), first[beyond].tolist(), last[beyond].tolist(), strict=True):
+        text = str(view[a:b], "utf-8")  # its ASCII is as it should be, and so are its spaces unless folding brings some
         folded = _fold(text)
-        normal = normalise(text) if folded is None else _strip(" ".join(folded.encode().translate(_PLAIN).decode().split()))
+        if folded is None:
+            normal = normalise(characters[starts[index] : ends[index]].tobytes().decode())
+        else:
+            normal = _strip(text if folded is text else " ".join(folded.encode().translate(_PLAIN).decode().split()))
         keys[index] = _split_digest(normal.encode())
     return keys
 
