@@ -122,6 +122,9 @@ def read_templates(path: Path | None) -> list[tuple[str, str]]:
         return [(file.stem, file.read_text(encoding="utf-8")) for file in sorted(OWN.glob("*.jinja"))]
     data = _unpacked(path) if path.suffix == ".zst" else path.read_bytes()
     rows = [json.loads(line) for line in data.decode().split("\n") if line]
+    odd = next((number for number, row in enumerate(rows, 1) if not {"name", "template"} <= row.keys()), None)
+    if odd is not None:
+        raise SystemExit(f"{path}:{odd}: a line needs `name` and `template`, found {', '.join(rows[odd - 1]) or 'nothing'}")
     return [(row["name"], row["template"]) for row in rows]
 
 

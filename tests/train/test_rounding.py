@@ -98,3 +98,12 @@ def test_a_small_rate_learns_in_bfloat16_what_it_learns_in_float32() -> None:
     learnt = wide[0] - wide[-1]
     assert learnt > 0
     assert narrow[0] - narrow[-1] == pytest.approx(learnt, rel=0.15)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_rounds_as_a_cpu_does() -> None:
+    """Kills draws of the device's own: a run that goes on elsewhere, or is cut over other ranks, would see other weights."""
+    wide = torch.randn(3 * BLOCK + 5, generator=torch.Generator().manual_seed(5))
+    narrow = torch.empty(len(wide), dtype=torch.bfloat16, device="cuda")
+    round_into(narrow, wide.cuda(), name="layer.weight")
+    assert torch.equal(narrow.cpu(), rounded(wide))
