@@ -200,12 +200,12 @@ def write_atomic(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    sync_folder(path.parent)
+    sync_path(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Makes a file's content durable, or the names inside a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -345,19 +345,20 @@ class Store:
             "inputs": {name: f"{s.name}/{s.key}" for name, s in stage.inputs.items()},
             "counts": outcome.counts.as_json(),
             "facts": outcome.facts,
-            "files": _sync_and_list(work),
+            "files": _listed(work),
             "seconds": round(seconds, 3),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "tutelage": tutelage.__version__,
         }
-        write_atomic(work / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False).encode())
+        (work / MANIFEST).write_bytes(json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False).encode())
         fault_point(f"commit:{stage.name}:manifest")
+        _sync_all(work)  # nothing is looked at here before it has its name
         final = self.folder(stage)
         final.parent.mkdir(parents=True, exist_ok=True)
         if final.exists():  # no manifest in it, or `produce` would have found it: half of an interrupted removal
             shutil.rmtree(final)
         work.rename(final)
-        sync_folder(final.parent)
+        sync_path(final.parent)
         fault_point(f"commit:{stage.name}:renamed")
 
     @contextlib.contextmanager
@@ -395,17 +396,16 @@ def _differences(old: Mapping[str, Json], new: Mapping[str, Json], prefix: str =
     return changed
 
 
-def _sync_and_list(folder: Path) -> dict[str, dict[str, Json]]:
-    """Every file below `folder` made durable, with size and `digest_bytes`."""
+def _listed(folder: Path) -> dict[str, dict[str, Json]]:
+    """Every file below `folder`, with size and `digest_bytes`."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return {str(path.relative_to(folder)): {"size_bytes": path.stat().st_size, "digest": digest_bytes(path)} for path in paths}
 
-    def described(path: Path) -> dict[str, Json]:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        return {"size_bytes": path.stat().st_size, "digest": digest_bytes(path)}
 
-    with ThreadPoolExecutor(4, "sync") as pool:  # most of it is waiting for the disk
-        return {str(path.relative_to(folder)): told for path, told in zip(paths, pool.map(described, paths), strict=True)}
+def _sync_all(folder: Path) -> None:
+    """Makes a folder and all below it durable, all at once: most of it is waiting for the disk, which writes them together."""
+    with ThreadPoolExecutor(8, "sync") as pool:
+        list(pool.map(sync_path, [folder, *folder.rglob("*")]))
 
 
 def _folder_size(folder: Path) -> int:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tutelage.errors import TutelageError
-from tutelage.store import digest_bytes, digest_json, fault_point, sync_folder
+from tutelage.store import digest_bytes, digest_json, fault_point, sync_path
 
 Format = Literal["datasets", "parquet"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -147,13 +147,13 @@ class RowFolder:
         for path in self._temporary.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        sync_folder(self._temporary)
+        sync_path(self._temporary)
         old = self._folder.with_name(f".{self._folder.name}.replaced")
         shutil.rmtree(old, ignore_errors=True)
         if self._folder.exists():
             self._folder.rename(old)
         self._temporary.rename(self._folder)
-        sync_folder(self._folder.parent)
+        sync_path(self._folder.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -23,7 +23,7 @@ from xxhash import xxh3_64
 
 from tutelage import tables
 from tutelage.records import Batch, Sample, Score, StepReport, Tally
-from tutelage.store import Json, sync_folder
+from tutelage.store import Json, sync_path
 
 
 class Measurement(Protocol):
@@ -159,7 +159,7 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
-    sync_folder(path.parent)
+    sync_path(path.parent)
 
 
 @dataclass(frozen=True)

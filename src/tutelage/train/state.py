@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tutelage.errors import TrainError
-from tutelage.store import MANIFEST, Json, Progress, Silent, canonical_json, digest_bytes, fault_point, sync_folder, write_atomic
+from tutelage.store import MANIFEST, Json, Progress, Silent, canonical_json, digest_bytes, fault_point, sync_path, write_atomic
 
 POSITION = "position.json"
 
@@ -98,7 +98,7 @@ class Checkpoints:
         if final.exists():
             self._remove(final)
         new.rename(final)
-        sync_folder(self.folder)
+        sync_path(self.folder)
         fault_point("checkpoint:done")
         self._prune(position)
         return final
