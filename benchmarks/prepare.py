@@ -29,6 +29,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -171,7 +172,11 @@ def measure(side: str, number: int, job: dict[str, Any]) -> dict[str, Any]:
             if not (folder / "result.json").exists():
                 peak = max(peak, tree_bytes(process.pid))
             time.sleep(0.1)
-    return told(side, process.returncode, peak, job, folder)
+    result = told(side, process.returncode, peak, job, folder)
+    for made in folder.iterdir():  # what a side prepared would fill the memory that the next one takes
+        if made.name not in ("documents.txt", "printed.txt"):
+            shutil.rmtree(made) if made.is_dir() else made.unlink()
+    return result
 
 
 def told(side: str, code: int, peak: int, job: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -57,15 +57,38 @@ def test_jobs_run_beside_one_another(tmp_path):
     def job(mine, other):
         def work(told):
             (tmp_path / mine).touch()
-            deadline = time.monotonic() + 20
-            while not (tmp_path / other).exists() and time.monotonic() < deadline:
-                time.sleep(0.01)
-            (tmp_path / f"{mine} met").write_text(str((tmp_path / other).exists()))
+            (tmp_path / f"{mine} met").write_text(str(_appears(tmp_path / other)))
 
         return work
 
     do_ahead([job("a", "b"), job("b", "a")], processes=2, progress=Silent())
     assert (tmp_path / "a met").read_text() == (tmp_path / "b met").read_text() == "True"
+
+
+def test_the_rest_of_a_job_is_done_beside_the_next(tmp_path):
+    """Kills a process that waits for the disk before it goes on, in both phases: each rest waits for the next job's sign."""
+
+    def job(name, number):
+        def rest():
+            (tmp_path / f"{name} {number} met").write_text(str(_appears(tmp_path / f"{name} {number + 1}")))
+
+        def work(told):
+            (tmp_path / f"{name} {number}").touch()
+            return rest if number == 0 else None
+
+        return work
+
+    heard = _Heard()
+    do_ahead([job("a", n) for n in range(2)], processes=1, progress=heard, then=[job("b", n) for n in range(2)])
+    assert [(tmp_path / f"{name} 0 met").read_text() for name in "ab"] == ["True", "True"]
+    assert heard.ended == 4
+
+
+def _appears(path):
+    deadline = time.monotonic() + 20
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return path.exists()
 
 
 def test_a_child_that_fails_or_dies_is_no_error_here(tmp_path):
@@ -80,7 +103,7 @@ def test_a_child_that_fails_or_dies_is_no_error_here(tmp_path):
     def works(told):
         (tmp_path / "done").touch()
 
-    do_ahead([fails, dies, works], processes=2, progress=Silent())
+    do_ahead([fails, dies, works, lambda told: lambda: fails(told)], processes=2, progress=Silent())
     assert (tmp_path / "done").exists()
 
 
@@ -156,10 +179,14 @@ def test_an_error_in_a_child_is_told_by_the_parent(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("is_opened_meanwhile", [False, True])
 def test_jobs_that_follow_begin_when_the_ones_before_them_have_ended(tmp_path, is_opened_meanwhile):
-    """Kills one that follows too early, one that is left over, and new children where the old ones could go on."""
+    """Kills one that follows before all is done of the one before, one left over, and new children where old ones could go on."""
 
     def first(number):
-        return lambda told: (tmp_path / f"first {number}").write_text(str(os.getpid()))
+        def rest():
+            time.sleep(0.01 * (number % 3))
+            (tmp_path / f"first {number}").write_text(str(os.getpid()))
+
+        return lambda told: rest
 
     def following(number):
         def work(told):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,33 @@ def test_two_processes_build_once(tmp_path: Path) -> None:
         with child(tmp_path, 0.0) as second:
             assert (first.wait(), second.wait()) == (0, 0)
     assert (tmp_path / "log").read_text() == "built\n"
+
+
+def test_an_artefact_begun_is_seen_when_it_is_committed_and_not_built_twice(tmp_path: Path) -> None:
+    """Kills a lock freed before the commit, a folder named before it is durable, and a commit for each request."""
+    store = Store(tmp_path)
+    commit = store.begin(stage(), {})
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(Store(tmp_path).produce, stage(), {})
+        with pytest.raises(TimeoutError):
+            other.result(timeout=0.3)
+        assert store.find(stage()) is None and (store.work_folder(stage()) / "data.txt").exists()
+        assert not pool.submit(commit).result().is_hit
+        assert other.result(timeout=30).is_hit
+    assert store.begin(stage(), {})().is_hit and len(list(store.artefacts())) == 1
+
+
+def test_a_remembered_digest_that_was_cut_off_is_made_anew(tmp_path: Path) -> None:
+    """Kills a run that ends at what a power failure left of a file nobody waited for."""
+    store, data = Store(tmp_path / "store"), tmp_path / "data.jsonl"
+    data.write_text("{}")
+    os.utime(data, (1e9, 1e9))
+    digest = store.file_digest(data)
+    (memo,) = (tmp_path / "store" / "digests").iterdir()
+    for left in (b"", memo.read_bytes()[:9], bytes(40)):
+        memo.write_bytes(left)
+        assert store.file_digest(data) == digest
+        assert json.loads(memo.read_text())["xxh3"] == digest
 
 
 def test_the_lock_of_a_killed_owner_is_free(tmp_path: Path) -> None:

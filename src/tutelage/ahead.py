@@ -15,6 +15,7 @@ import selectors
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -23,7 +24,8 @@ import pyarrow as pa
 from tutelage.allocator import COLLECT_AFTER, keep_memory
 from tutelage.store import Progress
 
-Job = Callable[[Progress], None]
+Job = Callable[[Progress], Callable[[], object] | None]
+"""Work that returns what is left of it: waiting for the disk, while its process does another job."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -77,7 +79,7 @@ def do_ahead(
         nonlocal num_idle
         num_idle += 1
 
-    one, two = _Phase(jobs, first, ready.append), _Phase(then, following, is_idle)
+    one, two = _Phase(jobs, first, ended=ready.append, free=_nothing), _Phase(then, following, ended=_nothing, free=is_idle)
     try:
         first.issue(range(len(jobs)))
         first.close()
@@ -131,11 +133,19 @@ class _Tickets:
 
 @dataclass(frozen=True)
 class _Phase:
-    """Jobs that a child does by their tickets, and what is called here with the number of each that has ended."""
+    """Jobs that a child does by their tickets, and what is called here with the number of each.
+
+    `free` when its child could do another, `ended` when nothing is left of it.
+    """
 
     jobs: Sequence[Job]
     tickets: _Tickets
     ended: Callable[[int], None]
+    free: Callable[[int], None]
+
+
+def _nothing(_: int) -> None:
+    pass
 
 
 class _Children:
@@ -200,7 +210,10 @@ class _Child:
     said: bytearray = field(default_factory=bytearray)
 
     def listen(self, progress: Progress) -> bool:
-        """Passes on what is said: texts are notes, numbers jobs that have ended, null a phase. False when the child has ended."""
+        """Passes on what is said; False when the child has ended.
+
+        Texts are notes, a number is a job that has ended, one in brackets a job that its child is free of, null a phase.
+        """
         heard = os.read(self.pipe, 1 << 16)
         self.said += heard
         *lines, rest = bytes(self.said).split(b"\n")
@@ -212,6 +225,8 @@ class _Child:
             elif said is None:
                 self.phases = self.phases[1:]
                 self.moved()
+            elif isinstance(said, list):
+                self.phases[0].free(*said)
             else:
                 progress.advance(1)
                 self.phases[0].ended(said)
@@ -231,12 +246,22 @@ def _work(phases: Sequence[_Phase], there: int, parent: int) -> NoReturn:
         for phase in phases:
             if phase is not phases[0]:
                 os.write(there, b"null\n")
-            while (number := phase.tickets.take()) is not None:
-                with contextlib.suppress(Exception):  # the parent meets it again when it does the work itself
-                    phase.jobs[number](_Told(there))
-                os.write(there, f"{number}\n".encode())
+            with ThreadPoolExecutor(1, "rests") as behind:  # at its end nothing is left of any job of the phase
+                while (number := phase.tickets.take()) is not None:
+                    rest = None
+                    with contextlib.suppress(Exception):  # the parent meets it again when it does the work itself
+                        rest = phase.jobs[number](_Told(there))
+                    os.write(there, f"[{number}]\n".encode())
+                    behind.submit(_end, rest, number, there)
     finally:
         os._exit(0)  # no exit handlers, no buffers: those are the parent's
+
+
+def _end(rest: Callable[[], object] | None, number: int, there: int) -> None:
+    with contextlib.suppress(Exception):
+        if rest is not None:
+            rest()
+    os.write(there, f"{number}\n".encode())
 
 
 _TICKET = 2

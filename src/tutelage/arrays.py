@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from tutelage.disk import EarlyWriteback
+
 
 class ArrayWriter:
     """Writes one-dimensional arrays `FOLDER/NAME.npy`, piece by piece; `close()` makes them readable.
@@ -28,6 +30,7 @@ class ArrayWriter:
         self._dtypes = dict(dtypes)
         self._files = {name: (folder / f"{name}.npy").open("w+b") for name in self._dtypes}
         self._lengths = dict.fromkeys(self._files, 0)
+        self._writeback = {name: EarlyWriteback(folder / f"{name}.npy") for name in self._files}
         for name in self._dtypes:
             self._write_header(name)
 
@@ -37,6 +40,7 @@ class ArrayWriter:
             piece = np.ascontiguousarray(pieces[name], dtype)
             self._files[name].write(piece.data)
             self._lengths[name] += len(piece)
+            self._writeback[name].begin()
 
     def close(self) -> None:
         """Fills in the lengths."""

@@ -149,10 +149,11 @@ def build_pipeline(file: RecipeFile, *, store: Store) -> Pipeline:
         return stage
 
     reads, rewrites, screens = {}, {}, {}
+    sizes = _sizes(file)
     with ThreadPoolExecutor(num_processes(), "digest") as pool:  # files that were never seen are read for their digests
         begun = {
-            name: pool.submit(read_stage, name, source, intake=recipe.intake, base=file.folder, store=store)
-            for name, source in recipe.sources.items()
+            name: pool.submit(read_stage, name, recipe.sources[name], intake=recipe.intake, base=file.folder, store=store)
+            for name in sorted(recipe.sources, key=lambda name: -sizes.get(name, 0))
         }
     for name in recipe.sources:
         reads[name] = add(begun[name].result())
@@ -413,19 +414,18 @@ def _open_tokenizer_ahead(pipeline: Pipeline, missing: Sequence[str], progress: 
         warm_up(done["tokenizer"].path, spec=pipeline.file.recipe.render, base=pipeline.file.folder)
 
 
-def _build_source(pipeline: Pipeline, labels: Sequence[str], progress: Progress) -> None:
-    """All stages of one source, in the process of its own."""
-    done: dict[str, Artefact] = {}
-    for label in labels:
-        stage = pipeline.stages[label]
-        if stage.name in OF_SOURCES:
-            for upstream in stage.inputs.values():
-                found = pipeline.store.find(upstream)
-                if found is None:  # its own child met an error, which is told when its turn comes
-                    return
-                done[pipeline._label_of(upstream)] = found
-            inputs = {name: done[pipeline._label_of(upstream)] for name, upstream in stage.inputs.items()}
-            pipeline.store.produce(stage, inputs, progress)
+def _build_source(pipeline: Pipeline, labels: Sequence[str], progress: Progress) -> Callable[[], Artefact] | None:
+    """Builds all stages of one source, in the process of its own; what is returned commits the last."""
+    commit = None
+    for stage in (pipeline.stages[label] for label in labels):
+        if commit is not None:
+            commit()
+        inputs = {name: pipeline.store.find(upstream) for name, upstream in stage.inputs.items()}
+        found = {name: artefact for name, artefact in inputs.items() if artefact is not None}
+        if len(found) < len(inputs):  # its own child met an error, which is told when its turn comes
+            return None
+        commit = pipeline.store.begin(stage, found, progress)
+    return commit
 
 
 def _sizes(file: RecipeFile) -> dict[str, int]:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -175,14 +175,14 @@ def digest_json(value: Json) -> str:
 
 def digest_bytes(path: Path) -> str:
     """32 hex digits of a file's content: XXH3, 128 bits, which tells files apart and finds damage, but guards against nobody."""
-    digest = xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
+    digest, chunk = xxh3_128(), memoryview(bytearray(_CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(chunk):
+            digest.update(chunk[:size])
     return digest.hexdigest()
 
 
-_CHUNK_BYTES = 1 << 18
+_CHUNK_BYTES = 1 << 20
 """Read at once: what stays in the cache."""
 
 
@@ -192,15 +192,20 @@ def fault_point(name: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a whole file or nothing: temporary name, fsync, rename, fsync of the folder."""
+def write_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Writes a whole file or nothing: temporary name, fsync, rename, fsync of the folder.
+
+    Not `durable`, it waits for no disk: after a power failure the file may be empty. For what is only remembered.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
     temporary.replace(path)
-    sync_path(path.parent)
+    if durable:
+        sync_path(path.parent)
 
 
 def sync_path(path: Path) -> None:
@@ -232,15 +237,32 @@ class Store:
 
     def produce(self, stage: Stage, inputs: Mapping[str, Artefact], progress: Progress | None = None) -> Artefact:
         """The stage's artefact, built if it is not there; a second process waits for the first and then reads."""
+        return self.begin(stage, inputs, progress)()
+
+    def begin(self, stage: Stage, inputs: Mapping[str, Artefact], progress: Progress | None = None) -> Callable[[], Artefact]:
+        """As `produce`, but what is returned commits the artefact when it is called: that is waiting for the disk, mostly.
+
+        It may be called once, in any thread. Until then this process holds the stage's lock, and nobody sees the artefact.
+        """
         if (found := self.find(stage)) is not None:
-            return found
+            return partial(_same, found)
         progress = progress or Silent()
-        with self._locked(
-            f"{stage.name}-{stage.key}", lambda owner: progress.note(f"{stage.label}: waiting for process {owner}")
-        ):
+        with contextlib.ExitStack() as stack:
+            waiting = f"{stage.label}: waiting for process"
+            stack.enter_context(self._locked(f"{stage.name}-{stage.key}", lambda owner: progress.note(f"{waiting} {owner}")))
             if (found := self.find(stage)) is not None:
-                return found
-            return self._build(stage, inputs, progress)
+                return partial(_same, found)
+            commit = self._build(stage, inputs, progress)
+            held = stack.pop_all()
+
+        def committed() -> Artefact:
+            with held:
+                commit()
+                made = self._open(self.folder(stage), is_hit=False)
+            assert made is not None
+            return made
+
+        return committed
 
     def artefacts(self) -> Iterator[Artefact]:
         """Every finished artefact."""
@@ -278,7 +300,7 @@ class Store:
         # A file changed within the clock's resolution of its mtime could change again unseen: do not remember it.
         if time.time_ns() - stat.st_mtime_ns > 2_000_000_000:
             memo.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(memo, canonical_json({"stamp": stamp, "xxh3": digest}).encode())
+            write_atomic(memo, canonical_json({"stamp": stamp, "xxh3": digest}).encode(), durable=False)
         return digest
 
     @contextlib.contextmanager
@@ -322,7 +344,7 @@ class Store:
             return None
         return Artefact(folder.parent.name, folder.name, folder, manifest, is_hit)
 
-    def _build(self, stage: Stage, inputs: Mapping[str, Artefact], progress: Progress) -> Artefact:
+    def _build(self, stage: Stage, inputs: Mapping[str, Artefact], progress: Progress) -> Callable[[], None]:
         work = self.work_folder(stage)
         if work.exists() and not stage.resumable:
             shutil.rmtree(work)
@@ -330,10 +352,7 @@ class Store:
         started = time.time()
         fault_point(f"build:{stage.name}")
         outcome = stage.build(work, inputs, progress)
-        self._commit(stage, work, outcome, seconds=time.time() - started)
-        made = self._open(self.folder(stage), is_hit=False)
-        assert made is not None
-        return made
+        return partial(self._commit, stage, work, outcome, seconds=time.time() - started)
 
     def _commit(self, stage: Stage, work: Path, outcome: Outcome, *, seconds: float) -> None:
         fault_point(f"commit:{stage.name}:start")
@@ -384,6 +403,10 @@ class Store:
             yield
 
 
+def _same(artefact: Artefact) -> Artefact:
+    return artefact
+
+
 def _differences(old: Mapping[str, Json], new: Mapping[str, Json], prefix: str = "") -> list[str]:
     """Dotted names of the values that differ between two nested dictionaries."""
     changed: list[str] = []
@@ -404,8 +427,13 @@ def _listed(folder: Path) -> dict[str, dict[str, Json]]:
 
 def _sync_all(folder: Path) -> None:
     """Makes a folder and all below it durable, all at once: most of it is waiting for the disk, which writes them together."""
-    with ThreadPoolExecutor(8, "sync") as pool:
-        list(pool.map(sync_path, [folder, *folder.rglob("*")]))
+    list(_waiting_for_disk(os.getpid()).map(sync_path, [folder, *folder.rglob("*")]))
+
+
+@cache
+def _waiting_for_disk(_: int) -> ThreadPoolExecutor:
+    """Threads of a process (a forked one has none of its parent's), as starting new ones for each commit is felt."""
+    return ThreadPoolExecutor(8, "sync")
 
 
 def _folder_size(folder: Path) -> int:

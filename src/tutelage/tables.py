@@ -7,9 +7,10 @@ Records of a source are numbered: `row` is the position in that source's `conver
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -198,7 +199,7 @@ STEPS = pa.schema(
 )
 
 
-def write_table(path: Path, table: pa.Table) -> None:
+def write_table(path: Path | io.BytesIO, table: pa.Table) -> None:
     """Writes Parquet with zstd. Whole numbers of flat tables are kept as differences: half the time, and less on disk."""
     kinds = {field.name: field.type for field in table.schema}
     how: dict[str, Any] = {}
@@ -207,6 +208,18 @@ def write_table(path: Path, table: pa.Table) -> None:
         how["use_dictionary"] = [name for name in kinds if name not in whole] or False
         how["column_encoding"] = dict.fromkeys(whole, "DELTA_BINARY_PACKED") or None
     pq.write_table(table, path, compression="zstd", compression_level=1, **how)
+
+
+@cache
+def _without_rows(schema: pa.Schema) -> bytes:
+    out = io.BytesIO()
+    write_table(out, schema.empty_table())
+    return out.getvalue()
+
+
+def write_empty(path: Path, schema: pa.Schema) -> None:
+    """Writes a table without rows: the same bytes every time, which are made once."""
+    path.write_bytes(_without_rows(schema))
 
 
 def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
@@ -218,6 +231,9 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
 def write_records(path: Path, schema: pa.Schema, records: Iterable[Any]) -> int:
     """Writes dataclass records as a table and returns how many."""
     rows = [dataclasses.asdict(record) for record in records]
+    if not rows:
+        write_empty(path, schema)
+        return 0
     columns = {name: [row[name] for row in rows] for name in schema.names}
     write_table(path, pa.table(columns, schema=schema))
     return len(rows)
@@ -475,6 +491,8 @@ def records_at(
 ) -> dict[int, dict[str, Any]]:
     """Records of a `conversations.parquet` by position; only these columns, of the row groups that hold them, are read."""
     out: dict[int, dict[str, Any]] = {}
+    if not len(rows):
+        return out
     wanted = np.unique(np.array(rows, np.int64))
     file, first = in_pieces(path), 0
     for group in range(file.metadata.num_row_groups):

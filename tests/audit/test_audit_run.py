@@ -267,17 +267,17 @@ def test_check_data_prints_a_table_and_exits_by_what_it_finds(tmp_path: Path) ->
     assert "passes" in good.stdout and not (tmp_path / ".tutelage" / "train").exists()
     lines = (tmp_path / "words.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    for turn in records[4]["messages"]:
+    for turn in records[3]["messages"]:
         turn["weight"] = 0
     (tmp_path / "words.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     bad = command(tmp_path, "check", "small.yaml", "--data", "-q")
     assert bad.returncode == 1 and "Traceback" not in bad.stderr
-    assert "zero weight" in bad.stdout and "words/words.jsonl:5" in bad.stdout and "does not pass" in bad.stdout
+    assert "zero weight" in bad.stdout and "words/words.jsonl:4" in bad.stdout and "does not pass" in bad.stdout
     told = json.loads(command(tmp_path, "check", "small.yaml", "--data", "-q", "--json").stdout)
     assert told["passes"] is False
     (found,) = (f for f in told["findings"] if f["severity"] == "error")
-    assert (found["finding"], found["num"], found["sources"][0]["records"]) == ("zero_weight", 1, ["words/words.jsonl:5"])
+    assert (found["finding"], found["num"], found["sources"][0]["records"]) == ("zero_weight", 1, ["words/words.jsonl:4"])
     stopped = command(tmp_path, "train", "small.yaml", "-q")
-    assert stopped.returncode == 1 and "words/words.jsonl:5" in stopped.stderr and "max_zero_weight_share" in stopped.stderr
+    assert stopped.returncode == 1 and "words/words.jsonl:4" in stopped.stderr and "max_zero_weight_share" in stopped.stderr
     assert not (tmp_path / ".tutelage" / "train").exists()
     assert command(tmp_path, "check", "small.yaml").stdout.startswith("small.yaml: no mistakes; 3 sources\nbatch: ")

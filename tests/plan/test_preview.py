@@ -80,10 +80,24 @@ def test_what_no_drawn_record_met_may_hide():
     """Kills: a bound of 0 from a sample of fifty. Of 450 records not seen, three in fifty may be refused: 27."""
     source, measured = fifty()
     drawn = len(source.rows)
-    assert dict(hidden(source, measured)) == {"t": pytest.approx(3 * (500 - drawn) / drawn)}
+    assert list(hidden(source, measured)) == [("t", pytest.approx(3 * (500 - drawn) / drawn), 0.0)]
     assert estimate_drops({"s": (source, measured)}, {})["not_met_in_the_sample"]["high"] == -(-3 * (500 - drawn) // drawn)
-    interval = task_intervals([{"task": "t", **LINE}], {}, {"t": 27.0})["t"]
-    assert interval["examples"] == {"value": 100, "low": 73, "high": 100} and interval["tokens"]["low"] == 5_000
+    interval = task_intervals([{"task": "t", **LINE}], {}, {"t": (27.0, 1.5)})["t"]
+    assert interval["examples"] == {"value": 100, "low": 73, "high": 102} and interval["tokens"]["low"] == 5_000
+
+
+def test_what_was_refused_with_its_whole_block_may_hide_kept_ones():
+    """Kills: no error at all where both drawn of the longest block were refused and no other: the rest of it may be shorter."""
+    source, _ = fifty()
+    chosen = source.strata[0].chosen
+    last = np.flatnonzero(chosen.block == chosen.block.max())
+    _, measured = fifty(refused=source.lines(source.strata[0])[last])
+    rest, num_rest, num_drawn = int(chosen.size[-1]) - len(last), 500 - int(chosen.size[-1]), len(source.rows) - len(last)
+    [(task, fewer, more)] = hidden(source, measured)
+    assert task == "t" and rest > 0
+    assert fewer == pytest.approx(3 * (num_rest - num_drawn) / num_drawn) and more == min(3 * rest / len(last), rest)
+    _, mixed = fifty(refused=source.lines(source.strata[0])[last[:1]])
+    assert list(hidden(source, mixed)) == [("t", 0.0, 0.0)], "its spread shows it"
 
 
 def test_a_plan_in_examples_is_off_in_tokens_by_the_error_of_the_tokens():

@@ -158,24 +158,36 @@ def _borrowed_tally(tally: Tally, examples: Int64) -> Tally:
 
 
 def estimate_strata(sampled: SampledSource, measured: Measured) -> Iterator[tuple[str, Totals]]:
-    """The totals of each stratum, by task. Where no record was refused, no spread shows what chance hides: see `hidden`."""
+    """The totals of each stratum, by task. What no spread shows: see `hidden`."""
     for stratum in sampled.strata:
         yield stratum.task, estimate_totals(stratum.chosen, measured.measures[sampled.lines(stratum)])
 
 
-def hidden(sampled: SampledSource, measured: Measured) -> Iterator[tuple[str, float]]:
-    """By task, how many of the records that were not drawn may be refused although no drawn one was (the rule of three)."""
+def hidden(sampled: SampledSource, measured: Measured) -> Iterator[tuple[str, float, float]]:
+    """By task, how many records that were not drawn may be refused, and how many kept, although no spread shows it.
+
+    Where some block holds a refused and a kept one, its spread does, and both are 0. Else the rule of three: of the blocks
+    whose drawn records were kept, three in so many as were drawn may be refused all the same, and the other way round.
+    """
     for stratum in sampled.strata:
-        lines = sampled.lines(stratum)
-        num_rest = len(stratum.rows) - len(lines)
-        none = len(lines) and not (measured.refused[lines] != "").any()
-        yield stratum.task, min(3.0 * num_rest / len(lines), num_rest) if none else 0.0
+        is_refused = measured.refused[sampled.lines(stratum)] != ""
+        block, size = stratum.chosen.block, stratum.chosen.size
+        drawn, refused = np.bincount(block, minlength=len(size)), np.bincount(block[is_refused], minlength=len(size))
+        agree = bool(((refused == 0) | (refused == drawn)).all())
+        fewer, more = (_unseen(drawn[one], size[one]) if agree else 0.0 for one in (refused == 0, refused > 0))
+        yield stratum.task, fewer, more
+
+
+def _unseen(drawn: Int64, size: Int64) -> float:
+    """How many of the rest of blocks may differ from all their drawn records, at 95 %."""
+    num_drawn, num_rest = int(drawn.sum()), int((size - drawn).sum())
+    return min(3.0 * num_rest / num_drawn, num_rest) if num_drawn else 0.0
 
 
 def estimate_drops(sampled: Mapping[str, tuple[SampledSource, Measured]], exact: Mapping[str, int]) -> dict[str, dict[str, int]]:
     """Records that rendering sets aside, by reason, with 95 % intervals; `exact` counts those of sources already rendered.
 
-    Tasks whose sample met none may hide some all the same: `not_met_in_the_sample`.
+    Where no spread shows them there may be some all the same: `not_met_in_the_sample`.
     """
     reasons = sorted({str(reason) for _, measured in sampled.values() for reason in measured.refused} - {""} | set(exact))
     out = {}
@@ -188,16 +200,16 @@ def estimate_drops(sampled: Mapping[str, tuple[SampledSource, Measured]], exact:
         known = exact.get(reason, 0)
         found = add_totals(parts).estimate(0) if parts else Estimate(0.0, 0.0, 0.0)
         out[reason] = {"value": round(found.value) + known, "low": round(found.low) + known, "high": round(found.high) + known}
-    most = sum(num for source, measured in sampled.values() for _, num in hidden(source, measured))
+    most = sum(fewer for source, measured in sampled.values() for _, fewer, _ in hidden(source, measured))
     return out | ({_NOT_MET: {"value": 0, "low": 0, "high": math.ceil(most)}} if most else {})
 
 
 def task_intervals(
-    mixture: Sequence[Mapping[str, Any]], totals: Mapping[str, Totals], hides: Mapping[str, float]
+    mixture: Sequence[Mapping[str, Any]], totals: Mapping[str, Totals], hides: Mapping[str, tuple[float, float]]
 ) -> dict[str, dict[str, dict[str, int]]]:
     """What each task has, with its 95 % intervals, in all three units; tasks without `totals` are known exactly.
 
-    `hides` are examples that may be missing beside what the spread of the sample tells.
+    `hides` are examples that there may be fewer, and more, beside what the spread of the sample tells.
     """
     out: dict[str, dict[str, dict[str, int]]] = {}
     for line in mixture:
@@ -208,8 +220,9 @@ def task_intervals(
             if line["task"] in totals:
                 found = totals[line["task"]].estimate(k)
                 half = found.high - found.value
-            low = value - half - (hides.get(line["task"], 0.0) if unit == "examples" else 0.0)
-            out[line["task"]][unit] = {"value": value, "low": max(int(low), 0), "high": math.ceil(value + half)}
+            fewer, more = hides.get(line["task"], (0.0, 0.0)) if unit == "examples" else (0.0, 0.0)
+            low, high = value - half - fewer, value + half + more
+            out[line["task"]][unit] = {"value": value, "low": max(int(low), 0), "high": math.ceil(high)}
     return out
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tutelage.disk import EarlyWriteback
 from tutelage.sources.bulk import Bulk, bulk_named
 from tutelage.sources.detect import Decision, check_columns, choose, shape_named, spread
 from tutelage.sources.keys import ROLE_OF_LETTER, TurnRow, content_key, encoded, keys_of_all, prompt_key
@@ -24,7 +25,7 @@ from tutelage.sources.reasons import MALFORMED, MAX_EXCERPT_CHARACTERS, Malforme
 from tutelage.sources.scan import Block
 from tutelage.sources.shapes import placeholders, split_instances
 from tutelage.sources.spec import IntakeSpec, SourceSpec
-from tutelage.tables import CONVERSATIONS, DROPPED, ConversationColumns
+from tutelage.tables import CONVERSATIONS, DROPPED, ConversationColumns, write_empty
 
 ROWS_PER_GROUP = 20_000
 CHARACTERS_PER_GROUP = 16_000_000  # bounds memory where records are long
@@ -164,6 +165,9 @@ class DroppedWriter:
 
     def close(self) -> None:
         """Writes what is left; the file is there even when it has no line."""
+        if self._writer is None and not self._lines:
+            write_empty(self.path, DROPPED)
+            return
         self._flush()
         assert self._writer is not None
         self._writer.close()
@@ -193,6 +197,7 @@ class GroupWriter:
         self._thread = ThreadPoolExecutor(1)
         # Packing texts to 0.6 of their size, and unpacking them, takes as long as parsing their JSON.
         self._writer = pq.ParquetWriter(path, CONVERSATIONS, compression="none", use_dictionary=REPEATED_COLUMNS)
+        self._writeback = EarlyWriteback(path)
         self._waiting: Future[None] | None = None
 
     def write(self, columns: ConversationColumns) -> None:
@@ -212,6 +217,7 @@ class GroupWriter:
 
     def _append(self, columns: ConversationColumns) -> None:
         self._writer.write_table(columns.table())
+        self._writeback.begin()
 
 
 @dataclass

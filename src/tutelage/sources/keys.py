@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from hashlib import blake2b
 from itertools import accumulate
 from string import punctuation
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -60,9 +58,9 @@ def content_key(turns: Sequence[TurnRow], tools: str | None) -> bytes:
 
 
 def prompt_key(turns: Sequence[TurnRow]) -> bytes:
-    """16 bytes of the normalised first user text: what the split looks at."""
+    """16 bytes of the normalised first user text: what the split draws by, so to change it is to hold out other records."""
     first = next(turn[1] for turn in turns if turn[0] == "user")
-    return _split_digest(normalise(first).encode())
+    return xxh3_128_digest(normalise(first).encode())
 
 
 def keys_of_all(orders: Sequence[str], contents: pa.StringArray) -> tuple[list[bytes], list[bytes]]:
@@ -110,13 +108,13 @@ def _content_keys(characters: UInt8, borders: Int32, letters: UInt8, ends: Int64
     lengths = int(borders[-1] - borders[0]) + int((np.diff(_PREFIX_BORDERS)[roles] + 2).sum())
     out, places = np.zeros(lengths, np.uint8), np.empty(len(ends), np.int64)
     kernel(spell)(characters, borders, roles, _PREFIX_BYTES, _PREFIX_BORDERS, ends, out, places)
-    return _digests(out, np.concatenate([[0], places[:-1]]), places, xxh3_128_digest)
+    return _digests(out, np.concatenate([[0], places[:-1]]), places)
 
 
 def _prompt_keys(characters: UInt8, starts: Int32, ends: Int32) -> list[bytes]:
     """The digests of texts as `normalise` has them; text i is `starts[i] : ends[i]` of `characters`, in UTF-8."""
     out, first, last, is_ascii = _collapsed(characters, starts, ends)
-    keys = _digests(out, first, last, _split_digest)
+    keys = _digests(out, first, last)
     beyond = np.flatnonzero(~is_ascii)
     if not len(beyond):
         return keys
@@ -128,23 +126,13 @@ def _prompt_keys(characters: UInt8, starts: Int32, ends: Int32) -> list[bytes]:
             normal = normalise(characters[starts[index] : ends[index]].tobytes().decode())
         else:
             normal = _strip(text if folded is text else " ".join(folded.encode().translate(_PLAIN).decode().split()))
-        keys[index] = _split_digest(normal.encode())
+        keys[index] = xxh3_128_digest(normal.encode())
     return keys
 
 
-def _digests(data: UInt8, first: Int64, last: Int64, digest: Callable[[Any], bytes]) -> list[bytes]:
+def _digests(data: UInt8, first: Int64, last: Int64) -> list[bytes]:
     view = data.data
-    return [digest(view[a:b]) for a, b in zip(first.tolist(), last.tolist(), strict=True)]
-
-
-_begun = blake2b(digest_size=16)
-
-
-def _split_digest(text: Any) -> bytes:
-    """What the split draws by: to change it is to hold out other records."""
-    digest = _begun.copy()
-    digest.update(text)
-    return digest.digest()
+    return [xxh3_128_digest(view[a:b]) for a, b in zip(first.tolist(), last.tolist(), strict=True)]
 
 
 def _collapsed(data: UInt8, starts: Int32, ends: Int32) -> tuple[UInt8, Int64, Int64, np.ndarray]:

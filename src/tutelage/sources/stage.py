@@ -55,7 +55,7 @@ def read_stage(name: str, spec: SourceSpec, *, intake: IntakeSpec, base: Path, s
         "intake": {key: value for key, value in intake.canonical().items() if key != "max_bad_share"},
         "unicode": unicodedata.unidata_version,  # normalisation follows its tables
     }
-    return Stage("read", 2, ingredients, build, slot=name, packages=("datasets",) if isinstance(data, HubData) else ())
+    return Stage("read", 3, ingredients, build, slot=name, packages=("datasets",) if isinstance(data, HubData) else ())
 
 
 def _digest(file: DataFile, store: Store) -> str:
