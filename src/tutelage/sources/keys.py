@@ -120,12 +120,9 @@ def _prompt_keys(characters: UInt8, starts: Int32, ends: Int32) -> list[bytes]:
         return keys
     view = out.data
     for index, a, b in zip(beyond.tolist(), first[beyond].tolist(), last[beyond].tolist(), strict=True):
-        text = str(view[a:b], "utf-8")  # its ASCII is as it should be, and so are its spaces unless folding brings some
-        folded = _fold(text)
-        if folded is None:
-            normal = normalise(characters[starts[index] : ends[index]].tobytes().decode())
-        else:
-            normal = _strip(text if folded is text else " ".join(folded.encode().translate(_PLAIN).decode().split()))
+        folded = _fold(str(view[a:b], "utf-8"))
+        whole = characters[starts[index] : ends[index]]
+        normal = normalise(whole.tobytes().decode()) if folded is None else _strip(folded)
         keys[index] = xxh3_128_digest(normal.encode())
     return keys
 
@@ -210,13 +207,19 @@ def collapse(  # noqa: PLR0913 - a kernel takes arrays, not objects
 
 
 def _fold(text: str) -> str | None:
-    """The text with all characters beyond ASCII as NFKC_Casefold has them, white space a space; None when some may combine."""
+    """A text that `collapse` gave, with all characters beyond ASCII as NFKC_Casefold has them; None when some may combine."""
+    brings_space = False
     for character in set(text.encode().translate(None, _ASCII).decode()):
         folded = _fold_character(character)
         if folded is None:
             return None
         if folded != character:
             text = text.replace(character, folded)
+            brings_space |= " " in folded
+    if brings_space:  # what is ASCII is as it should be, and so are spaces unless there are more of them now
+        while "  " in text:
+            text = text.replace("  ", " ")
+        text = text.strip(" ")
     return text
 
 
