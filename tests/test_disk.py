@@ -1,12 +1,16 @@
-"""Files that the disk begins with before they are whole."""
+"""Arrays on disk, and files that the disk begins with before they are whole."""
 
 from __future__ import annotations
 
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from tutelage import arrays
 from tutelage.arrays import ArrayWriter, map_array
 from tutelage.disk import EarlyWriteback
 
@@ -34,3 +38,19 @@ def test_arrays_are_whole_whatever_the_disk_was_told(tmp_path):
         writer.write(ids=piece)
     writer.close()
     assert np.array_equal(map_array(tmp_path / "ids.npy"), np.concatenate(pieces))
+
+
+def test_headers_are_read_by_one_thread_at_a_time(tmp_path, monkeypatch):
+    """Kills headers read side by side: in Python 3.11 that ends in a SystemError once in thousands of times."""
+    np.save(tmp_path / "a.npy", np.arange(3))
+    load, inside = np.load, threading.Semaphore(1)
+
+    def slowly(*args, **more):
+        assert inside.acquire(blocking=False), "two threads at once"
+        time.sleep(0.01)
+        inside.release()
+        return load(*args, **more)
+
+    monkeypatch.setattr(arrays.np, "load", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        assert [a.tolist() for a in pool.map(map_array, [tmp_path / "a.npy"] * 8)] == [[0, 1, 2]] * 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,5 +60,11 @@ class ArrayWriter:
 
 def map_array(path: Path) -> np.ndarray:
     """The array of a .npy file, mapped into memory."""
-    array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    with _one_at_a_time:
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
+
+
+_one_at_a_time = threading.RLock()
+"""numpy reads a header through `ast`, which two threads must not enter at once in Python 3.11: once in thousands of times that
+ends in a SystemError ("AST constructor recursion depth mismatch"), when a look for garbage lets the other thread in."""
