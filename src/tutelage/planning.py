@@ -181,14 +181,13 @@ class _Preview:
         """How far off the plan may be, as plain values."""
         facts = plan.facts
         mix = self.pipeline.file.recipe.mix
-        by_task, by_name, hides = dict[str, list[Totals]](), dict[str, list[Totals]](), dict[str, tuple[float, float]]()
+        by_task, by_name, hides = dict[str, list[Totals]](), dict[str, list[Totals]](), dict[str, sampling.Hidden]()
         for source, (sampled, measured) in self._sampled.items():
             for task, found in sampling.estimate_strata(sampled, measured):
                 by_task.setdefault(task, []).append(found)
                 by_name.setdefault(source if mix.over == "sources" else task, []).append(found)
-            for task, fewer, kept in sampling.hidden(sampled, measured):
-                before = hides.get(task, (0.0, 0.0))
-                hides[task] = before[0] + fewer, before[1] + kept
+            for task, unseen in sampling.hidden(sampled, measured):
+                hides[task] = hides[task] + unseen if task in hides else unseen
         totals, of_names = ({name: add_totals(parts) for name, parts in group.items()} for group in (by_task, by_name))
         tasks = sampling.task_intervals(facts["mixture"], totals, hides)
         more: dict[str, Any] = {"mix": mix, "num_steps": facts["num_steps"], "seed": _SEED, "spread": _spread(plan, mix.over)}

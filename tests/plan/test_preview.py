@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tutelage.plan.preview import (
     MIN_PER_TASK,
+    Hidden,
     Measured,
     SampledSource,
     draw_source,
@@ -80,10 +81,15 @@ def test_what_no_drawn_record_met_may_hide():
     """Kills: a bound of 0 from a sample of fifty. Of 450 records not seen, three in fifty may be refused: 27."""
     source, measured = fifty()
     drawn = len(source.rows)
-    assert list(hidden(source, measured)) == [("t", pytest.approx(3 * (500 - drawn) / drawn), 0.0)]
+    [(task, found)] = hidden(source, measured)
+    assert task == "t" and found.fewer == pytest.approx(3 * (500 - drawn) / drawn) and not found.more.any()
     assert estimate_drops({"s": (source, measured)}, {})["not_met_in_the_sample"]["high"] == -(-3 * (500 - drawn) // drawn)
-    interval = task_intervals([{"task": "t", **LINE}], {}, {"t": (27.0, 1.5)})["t"]
-    assert interval["examples"] == {"value": 100, "low": 73, "high": 102} and interval["tokens"]["low"] == 5_000
+    interval = task_intervals([{"task": "t", **LINE}], {}, {"t": Hidden(27.0, np.array([1.5, 99.5, 7.0]))})["t"]
+    assert interval["examples"] == {"value": 100, "low": 73, "high": 102} and interval["tokens"] == {
+        "value": 5_000,
+        "low": 5_000,
+        "high": 5_100,
+    }
 
 
 def test_what_was_refused_with_its_whole_block_may_hide_kept_ones():
@@ -93,11 +99,14 @@ def test_what_was_refused_with_its_whole_block_may_hide_kept_ones():
     last = np.flatnonzero(chosen.block == chosen.block.max())
     _, measured = fifty(refused=source.lines(source.strata[0])[last])
     rest, num_rest, num_drawn = int(chosen.size[-1]) - len(last), 500 - int(chosen.size[-1]), len(source.rows) - len(last)
-    [(task, fewer, more)] = hidden(source, measured)
+    measured.measures[0] = 1, 80, 60  # the most of the stratum is what a long one may come to
+    [(task, found)] = hidden(source, measured)
     assert task == "t" and rest > 0
-    assert fewer == pytest.approx(3 * (num_rest - num_drawn) / num_drawn) and more == min(3 * rest / len(last), rest)
+    assert found.fewer == pytest.approx(3 * (num_rest - num_drawn) / num_drawn)
+    assert found.more.tolist() == [min(3 * rest / len(last), rest) * most for most in (1, 80, 60)]
     _, mixed = fifty(refused=source.lines(source.strata[0])[last[:1]])
-    assert list(hidden(source, mixed)) == [("t", 0.0, 0.0)], "its spread shows it"
+    [(_, found)] = hidden(source, mixed)
+    assert found.fewer == 0 and not found.more.any(), "its spread shows it"
 
 
 def test_a_plan_in_examples_is_off_in_tokens_by_the_error_of_the_tokens():

@@ -163,19 +163,32 @@ def estimate_strata(sampled: SampledSource, measured: Measured) -> Iterator[tupl
         yield stratum.task, estimate_totals(stratum.chosen, measured.measures[sampled.lines(stratum)])
 
 
-def hidden(sampled: SampledSource, measured: Measured) -> Iterator[tuple[str, float, float]]:
-    """By task, how many records that were not drawn may be refused, and how many kept, although no spread shows it.
+def hidden(sampled: SampledSource, measured: Measured) -> Iterator[tuple[str, Hidden]]:
+    """By task, what records that were not drawn may come to although no spread shows it.
 
-    Where some block holds a refused and a kept one, its spread does, and both are 0. Else the rule of three: of the blocks
-    whose drawn records were kept, three in so many as were drawn may be refused all the same, and the other way round.
+    Where some block holds a refused and a kept one, its spread does, and nothing is hidden. Else the rule of three: of the
+    blocks whose drawn records were kept, three in so many as were drawn may be refused all the same, and the other way round.
+    Whoever is kept beside refused ones counts as much as the most of the stratum: what is refused for its length is long.
     """
     for stratum in sampled.strata:
-        is_refused = measured.refused[sampled.lines(stratum)] != ""
+        lines = sampled.lines(stratum)
+        is_refused = measured.refused[lines] != ""
         block, size = stratum.chosen.block, stratum.chosen.size
         drawn, refused = np.bincount(block, minlength=len(size)), np.bincount(block[is_refused], minlength=len(size))
         agree = bool(((refused == 0) | (refused == drawn)).all())
         fewer, more = (_unseen(drawn[one], size[one]) if agree else 0.0 for one in (refused == 0, refused > 0))
-        yield stratum.task, fewer, more
+        yield stratum.task, Hidden(fewer, more * measured.measures[lines].max(axis=0, initial=0.0))
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """How many examples there may be fewer, and how much more (3,) of MEASURES, than the spread of a sample tells."""
+
+    fewer: float
+    more: Float64
+
+    def __add__(self, other: Hidden) -> Hidden:
+        return Hidden(self.fewer + other.fewer, self.more + other.more)
 
 
 def _unseen(drawn: Int64, size: Int64) -> float:
@@ -200,16 +213,16 @@ def estimate_drops(sampled: Mapping[str, tuple[SampledSource, Measured]], exact:
         known = exact.get(reason, 0)
         found = add_totals(parts).estimate(0) if parts else Estimate(0.0, 0.0, 0.0)
         out[reason] = {"value": round(found.value) + known, "low": round(found.low) + known, "high": round(found.high) + known}
-    most = sum(fewer for source, measured in sampled.values() for _, fewer, _ in hidden(source, measured))
+    most = sum(found.fewer for source, measured in sampled.values() for _, found in hidden(source, measured))
     return out | ({_NOT_MET: {"value": 0, "low": 0, "high": math.ceil(most)}} if most else {})
 
 
 def task_intervals(
-    mixture: Sequence[Mapping[str, Any]], totals: Mapping[str, Totals], hides: Mapping[str, tuple[float, float]]
+    mixture: Sequence[Mapping[str, Any]], totals: Mapping[str, Totals], hides: Mapping[str, Hidden]
 ) -> dict[str, dict[str, dict[str, int]]]:
     """What each task has, with its 95 % intervals, in all three units; tasks without `totals` are known exactly.
 
-    `hides` are examples that there may be fewer, and more, beside what the spread of the sample tells.
+    `hides` widens them by what the spread of the sample does not tell.
     """
     out: dict[str, dict[str, dict[str, int]]] = {}
     for line in mixture:
@@ -220,8 +233,9 @@ def task_intervals(
             if line["task"] in totals:
                 found = totals[line["task"]].estimate(k)
                 half = found.high - found.value
-            fewer, more = hides.get(line["task"], (0.0, 0.0)) if unit == "examples" else (0.0, 0.0)
-            low, high = value - half - fewer, value + half + more
+            unseen = hides.get(line["task"], Hidden(0.0, np.zeros(len(MEASURES))))
+            low = value - half - (unseen.fewer if unit == "examples" else 0.0)
+            high = value + half + float(unseen.more[k])
             out[line["task"]][unit] = {"value": value, "low": max(int(low), 0), "high": math.ceil(high)}
     return out
 
