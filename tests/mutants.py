@@ -9,7 +9,9 @@ place. `test_mutants.py` runs them; add an entry by appending to `MUTANTS`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import importlib
 import itertools
 import json
@@ -22,9 +24,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import pytest
 
 HERE = Path(__file__).parent
 Function = Callable[..., Any]
@@ -1581,35 +1586,74 @@ MUTANTS: list[Mutant] = [
 ]
 
 
-# Modules imported before the fork cannot have their asserts rewritten, and need not.
-_QUIETLY = ("-p", "no:cacheprovider", "-q", "-x", "--tb=no", "-rfE", "-W", "ignore::pytest.PytestAssertRewriteWarning")
+# Modules imported before pytest cannot have their asserts rewritten, and need not.
+_QUIETLY = ("-p", "no:cacheprovider", "-q", "-x", "-s", "--tb=no", "-rfE")
+_QUIETLY += ("-W", "ignore::pytest.PytestAssertRewriteWarning")
 
 
 def run_mutants(names: Sequence[str]) -> dict[str, list[str]]:
-    """The tests that fail per mutant ("" = none planted, all named tests). Forks after the imports, which cost the most."""
-    for mutant in MUTANTS:
-        importlib.import_module(mutant.target.partition(":")[0])
-    return {name: _run_forked(name) for name in names}
-
-
-def _run_forked(name: str) -> list[str]:
+    """The tests that fail per mutant ("" = none planted, all named tests), collected once and run in a fork for each."""
     import pytest
 
-    tests = by_name(name).tests if name else sorted({test for mutant in MUTANTS for test in mutant.tests})
-    with tempfile.TemporaryFile("w+") as output:
-        if (child := os.fork()) == 0:
-            os.environ["TUTELAGE_MUTANT"] = name
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
-            code = pytest.main([*_QUIETLY, *(str(HERE / test) for test in tests)])
-            sys.stdout.flush()
-            os._exit(int(code))
-        _, status = os.waitpid(child, 0)
-        output.seek(0)
-        said = output.read()
-    code = os.waitstatus_to_exitcode(status)
+    for mutant in MUTANTS:
+        importlib.import_module(mutant.target.partition(":")[0])
+    os.environ["TUTELAGE_MUTANT"] = ""
+    forks = _Forks(names)
+    tests = sorted({test for name in names for test in _tests_of(name)})
+    with contextlib.redirect_stdout(sys.stderr):
+        code = pytest.main([*_QUIETLY, *(str(HERE / test) for test in tests)], plugins=[forks])
+    sys.stderr.flush()
+    if forks.in_child:
+        os._exit(int(code))
+    assert set(forks.failing) == set(names), f"pytest ended with {code}"
+    return forks.failing
+
+
+def _tests_of(name: str) -> Sequence[str]:
+    return by_name(name).tests if name else [test for mutant in MUTANTS for test in mutant.tests]
+
+
+class _Forks:
+    """Pytest goes on in a child for each name, with that mutant and its tests; the parent runs none and keeps what failed."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self.failing: dict[str, list[str]] = {}
+        self.in_child = False
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
+        if session.testsfailed:
+            return None  # pytest's own loop says what could not be collected
+        gc.collect()
+        gc.freeze()  # or every child would walk, and so copy, all that the parent imported
+        for name in self.names:
+            with tempfile.TemporaryFile("w+") as output:
+                sys.stderr.flush()
+                if (child := os.fork()) == 0:
+                    self.in_child = True
+                    os.dup2(output.fileno(), 1)
+                    os.dup2(output.fileno(), 2)
+                    self._prepare(name, session)
+                    return None
+                _, status = os.waitpid(child, 0)
+                output.seek(0)
+                self.failing[name] = _failing(name, os.waitstatus_to_exitcode(status), output.read())
+        return True
+
+    @staticmethod
+    def _prepare(name: str, session: pytest.Session) -> None:
+        ids = tuple(f"{HERE.name}/{test}" for test in _tests_of(name))
+        session.items = [
+            item for item in session.items if item.nodeid in ids or item.nodeid.startswith(tuple(f"{id}[" for id in ids))
+        ]
+        os.environ["TUTELAGE_MUTANT"] = name
+        if name:
+            plant(by_name(name))
+
+
+def _failing(name: str, code: int, said: str) -> list[str]:
     failing = re.findall(r"^(?:FAILED|ERROR) \S*?(\S+::\S+)", said, re.MULTILINE)
-    # A test that cannot be found, or a planting that fails, is no rejection.
+    # A planting that fails is no rejection.
     assert code == 0 or (code == 1 and failing), f"{name or 'without a mutant'}: pytest ended with {code}\n{said}"
     return failing
 

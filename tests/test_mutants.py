@@ -10,6 +10,9 @@ import pytest
 
 import mutants
 
+# All of them run while the first is set up: a minute and a half on two quick cores.
+pytestmark = pytest.mark.timeout(1200)
+
 
 @pytest.fixture(scope="module")
 def failing() -> dict[str, list[str]]:
