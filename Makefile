@@ -57,7 +57,7 @@ bench: install-dev
 
 # TEMPLATES="--templates FILE.jsonl.zst --tokenizers FOLDER" sweeps a file of templates too
 templates: install-dev
-	$(BIN)/python benchmarks/templates.py --check $(TEMPLATES)
+	$(BIN)/python benchmarks/templates.py --check --page $(TEMPLATES)
 
 # two machines in two network namespaces of this one: the same losses, and the same weights after one is killed; needs root
 two-nodes: install-dev

@@ -66,7 +66,7 @@ def _open(job: Job, micro_rows: int | None, *, most_tokens: int | None) -> tuple
 
     dtype = "float32" if job.precision == "float32" else "auto" if job.precision == "defaults" else "bfloat16"
     said = {"train.dtype": dtype, "train.device": job.device, "train.checkpoint_every_steps": 10**6}
-    if job.device == "cpu":
+    if job.said["compiles"]:
         said["train.compile"] = "true"  # as a run of some minutes or more does by itself
     if most_tokens:
         said["train.micro_batch_tokens"] = most_tokens
@@ -118,7 +118,7 @@ def _whole(model: Any, batches: _Steps, task: Any, clock: Clock, folder: Path) -
 
     loop(model, batches, task, folder=folder, progress=_Laps(clock, len(batches)))
     lines = [line for line in read_table(folder / "steps.parquet", STEPS).to_pylist() if line["part"] == "all"]
-    working = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
+    working = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
     weights, memory = (_stored(folder, name) for name in ("weights", "optimizer"))
     kinds = {"working": working, "weights": _kinds(weights), "optimizer": _kinds(memory)}
     _put_back(model, weights)

@@ -250,7 +250,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--json", type=Path, help="writes every result there")
     parser.add_argument("--check", action="store_true", help="fails on a mismatch, or below the bar")
-    parser.add_argument("--quick", action="store_true", help="every tenth template of a file, eight conversations each; no page")
+    parser.add_argument("--quick", action="store_true", help="every tenth template of a file, eight conversations each")
+    parser.add_argument("--page", action="store_true", help="puts the result on docs/templates.md")
     options = parser.parse_args()
     templates = read_templates(options.templates)
     if options.quick:
@@ -264,7 +265,7 @@ def main() -> int:
     title = "Templates of public models" if options.templates else "Templates of the tests, one for each behaviour"
     text = section(title, found, examples=options.examples)
     print(text, f"{time.perf_counter() - began:.0f} s", *found["mismatches"], sep="\n")
-    if not options.quick:
+    if options.page:
         page = PAGE.read_text(encoding="utf-8") if PAGE.exists() else HEAD
         PAGE.write_text(put_on_page(page, "public" if options.templates else "own", text), encoding="utf-8")
     if options.json:

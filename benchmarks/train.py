@@ -152,7 +152,7 @@ def prepare_job(options: argparse.Namespace, folder: Path, **changes: Any) -> di
     job = made | {"tokenizer": made["model"], "recipe": str(recipe), "store": str(store), "steps": said["steps"]}
     job |= {"capacity": said["capacity"], "rows_per_step": said["rows"], "learning_rate": 2e-5, "weight_decay": 0.01}
     job |= {name: getattr(options, name) for name in ("device", "precision", "attention", "adapter")}
-    return job | {"threads": num_cores()}
+    return job | {"threads": num_cores(), "compiles": options.device == "cpu" and not options.quick}
 
 
 def measure(side: str, number: int, job: dict[str, Any], folder: Path) -> dict[str, Any]:
